@@ -1,0 +1,1 @@
+"""The engines behind quant.quantize(), one file each, loaded on first use."""

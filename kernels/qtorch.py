@@ -1,0 +1,75 @@
+"""qtorch itself, for comparison: its quantizers, its optimizer, and its number formats to and from ours.
+
+Importing qtorch.quant compiles its C++ the first time (a C++ compiler and ninja needed). Its stochastic rounding takes
+no key and on the CPU no seed; NaN and infinity become the largest finite number: that is how qtorch is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import qtorch
+import torch
+
+from formats import FLOAT32, NAMED, Format, Overflow, Rounding, Rule
+from kernels.noise import Key
+
+ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
+
+
+def to_qtorch(format: Format) -> qtorch.FloatingPoint:
+    """qtorch's number of the same values. ValueError where it has none: its top exponent always holds numbers."""
+    finite = format.largest == 2.0 ** (2 ** (format.exponent_bits - 1)) * (2 - 2.0**-format.mantissa_bits)
+    if not finite or format.bias != 2 ** (format.exponent_bits - 1) - 1 or format.mantissa_bits == 0:
+        raise ValueError(f"{format.name} is no qtorch.FloatingPoint, whose top exponent holds numbers")
+    return qtorch.FloatingPoint(exp=format.exponent_bits, man=format.mantissa_bits)
+
+
+def from_qtorch(number: qtorch.FloatingPoint) -> Format:
+    """The format of the same values: a named one where there is one, else "qtorch_eXmY"."""
+    if not isinstance(number, qtorch.FloatingPoint):
+        raise ValueError(f"given {number}, allowed: qtorch.FloatingPoint")
+    for format in NAMED.values():
+        if (format.exponent_bits, format.mantissa_bits) == (number.exp, number.man) and format.source.startswith(
+            "qtorch"
+        ):
+            return format
+    bias = 2 ** (number.exp - 1) - 1
+    largest = 2.0 ** (bias + 1) * (2 - 2.0**-number.man)
+    name = f"qtorch_e{number.exp}m{number.man}"
+    return Format(name, number.exp, number.man, bias, largest, False, False, True, "qtorch.FloatingPoint")
+
+
+@cache
+def _quantizer(format: Format, rounding: Rounding) -> Any:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"backend qtorch: given rounding {rounding.value}, allowed: nearest, stochastic")
+    from qtorch.quant import quantizer  # compiles: not before it is needed
+
+    return quantizer(forward_number=to_qtorch(format), forward_rounding=rounding.value)
+
+
+def quantize(x: torch.Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: Key | None) -> torch.Tensor:
+    """qtorch's rounding of float32 `x`; the key is not used, overflow always saturates."""
+    if overflow is not Overflow.SATURATE:
+        raise ValueError("backend qtorch: given overflow infinity, allowed: saturate")
+    return _quantizer(fmt, rounding)(x.contiguous()).view(x.shape)
+
+
+def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scale: float) -> torch.optim.Optimizer:
+    """qtorch.optim.OptimLP around SGD or Adam, which divides the loss scale out before it rounds the gradients."""
+    from qtorch.optim import OptimLP
+
+    def quantizer(site: str) -> Any:
+        rule = rules.get(site)
+        return None if rule is None or rule.format == FLOAT32 else _quantizer(rule.format, rule.rounding)
+
+    return OptimLP(
+        optimizer,
+        weight_quant=quantizer("weights"),
+        grad_quant=quantizer("gradients"),
+        momentum_quant=quantizer("momentum"),
+        acc_quant=quantizer("accumulator"),
+        grad_scaling=1 / loss_scale,
+    )
