@@ -1,0 +1,399 @@
+"""Config: one run, frozen and validated; to and from JSON. No torch here: a wrong argument answers at once.
+
+Each field carries its flag's help, its allowed values and its check; main.py makes the flags from the fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from data import DATASETS
+from formats import FLOAT32, FORMAT_NAMES, SITES, Overflow, Rounding, Rule, format_named
+
+MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
+IMAGE_MODELS = ("cnn", "resnet20")
+ALL_SITES = tuple(site for site in SITES if site != "accumulator")
+
+# Named sets of settings; explicit flags win over them.
+RECIPES: dict[str, dict[str, Any]] = {
+    # The original experiments of this project: only the model's output and its gradient rounded.
+    "published": {"quantize": "activations,errors", "scale_on": "all"},
+    # QPyTorch, examples/tutorial/CIFAR10_Low_Precision_Training_Example.ipynb, after Wang et al. 2018.
+    "qtorch-tutorial": {
+        "precision": "float8",
+        "rounding": "nearest",
+        "quantize": "all",
+        "site": ("momentum=float16:stochastic", "accumulator=float16:stochastic"),
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "loss_scale": 1000.0,
+        "batch_size": 128,
+    },
+}
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed: one line that names the flag, what was given and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting may be. `convert` takes a flag's text or a value, gives the value or raises ValueError."""
+
+    allowed: str
+    convert: Callable[[Any], Any]
+
+
+def _whole(low: int, high: int | None = None) -> Kind:
+    def convert(value: Any) -> int:
+        number = int(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int) or number < low or (high and number > high):
+            raise ValueError
+        return number
+
+    return Kind(f"a whole number >= {low}" if high is None else f"a whole number, {low} .. {high}", convert)
+
+
+def _number(allowed: str, inside: Callable[[float], bool]) -> Kind:
+    def convert(value: Any) -> float:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if not (math.isfinite(number) and inside(number)):
+            raise ValueError
+        return number
+
+    return Kind(allowed, convert)
+
+
+def _one_of(*names: str) -> Kind:
+    def convert(value: Any) -> str:
+        if value not in names:
+            raise ValueError
+        return value
+
+    return Kind(", ".join(names), convert)
+
+
+def _or_none(kind: Kind) -> Kind:
+    return Kind(kind.allowed, lambda value: None if value is None else kind.convert(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _format(value: Any) -> str:
+    return format_named(_text(value)).name
+
+
+def _loss_scale(value: Any) -> float | str:
+    return value if value == "dynamic" else _FACTOR.convert(value)
+
+
+def _sites(value: Any) -> tuple[str, ...]:
+    """The chosen sites in the order of SITES, from "all", "none", "weights,errors" or a sequence of names."""
+    if value in ("all", "none"):
+        return ALL_SITES if value == "all" else ()
+    chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    if not set(chosen) <= set(SITES) or len(set(chosen)) < len(chosen):
+        raise ValueError
+    return tuple(site for site in SITES if site in chosen)
+
+
+def _overrides(value: Any) -> tuple[str, ...]:
+    """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    sites = [_override(text)[0] for text in texts]
+    if len(set(sites)) < len(sites):
+        raise ValueError
+    return texts
+
+
+def _override(text: str) -> tuple[str, str, str | None]:
+    site, equals, how = text.partition("=")
+    name, colon, rounding = how.partition(":")
+    if site not in SITES or not equals or (colon and rounding not in ROUNDINGS):
+        raise ValueError
+    return site, _format(name), rounding or None
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ValueError
+    return patterns
+
+
+ROUNDINGS = tuple(rounding.value for rounding in Rounding)
+_SEED = _whole(0, 2**32 - 1)
+# Up to 1e30: float32 ends at 3.4e38, and beyond it torch fails instead of diverging.
+_POSITIVE = _number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
+_NOT_NEGATIVE = _number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
+_FACTOR = _number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
+_FORMAT = Kind(FORMAT_NAMES, _format)
+
+
+def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: str | None = None) -> Any:
+    shown = default_text if default_text is not None else str(default)
+    return field(default=default, metadata={"group": group, "kind": kind, "help": text, "default": shown})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The constructor takes values; `make` takes flags' texts too. ConfigError for what is not allowed."""
+
+    dataset: str = _setting("toy", "data", _one_of(*DATASETS), "data set")
+    test_split: float = _setting(
+        0.2,
+        "data",
+        _number("a fraction, 0 < f < 1; cifar10 has its own split", lambda f: 0 < f < 1),
+        "share of the rows kept for testing",
+    )
+    scale_on: str = _setting("train", "data", _one_of("train", "all"), "rows on which the scalers are fitted")
+    data_dir: str | None = _setting(
+        None,
+        "data",
+        _or_none(Kind("a folder", _text)),
+        "where downloads are kept, or already lie",
+        default_text="the user's cache folder",
+    )
+    model: str | None = _setting(
+        None,
+        "training",
+        _or_none(_one_of(*MODELS)),
+        "model; cnn and resnet20 need images",
+        default_text="the data set's own",
+    )
+    epochs: int = _setting(2, "training", _whole(0), "passes over the training rows")
+    batch_size: int = _setting(256, "training", _whole(1), "rows in a step")
+    optimizer: str = _setting("sgd", "training", _one_of("sgd", "adam", "adamw"), "optimizer")
+    learning_rate: float = _setting(0.01, "training", _POSITIVE, "learning rate; its peak, where there is a schedule")
+    momentum: float = _setting(0.0, "training", _NOT_NEGATIVE, "momentum of sgd")
+    weight_decay: float = _setting(0.0, "training", _NOT_NEGATIVE, "weight decay, as the optimizer defines it")
+    schedule: str = _setting(
+        "constant", "training", _one_of("constant", "cosine", "onecycle"), "learning rate over the steps of the run"
+    )
+    seed: int = _setting(42, "training", _SEED, "split, initial weights, order of the rows, and rounding noise")
+    device: str = _setting("auto", "training", _one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there")
+    precision: str = _setting("float32", "rounding", _FORMAT, "number format of the rounded sites")
+    rounding: str = _setting("nearest", "rounding", _one_of(*ROUNDINGS), "rounding of the rounded sites")
+    quantize: tuple[str, ...] = _setting(
+        ALL_SITES,
+        "rounding",
+        Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", _sites),
+        "the sites that are rounded; all is every one but accumulator",
+        default_text="all",
+    )
+    site: tuple[str, ...] = _setting(
+        (),
+        "rounding",
+        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {', '.join(SITES)}", _overrides),
+        "a site in a format of its own, e.g. accumulator=float16:stochastic; repeatable",
+        default_text="none",
+    )
+    layers: tuple[str, ...] | None = _setting(
+        None,
+        "rounding",
+        _or_none(Kind("comma-separated name patterns, e.g. 'stage1.*,fc'", _patterns)),
+        "round only the modules with these names",
+        default_text="every module",
+    )
+    rounding_seed: int | None = _setting(
+        None, "rounding", _or_none(_SEED), "noise of stochastic rounding alone", default_text="the seed"
+    )
+    overflow: str = _setting(
+        "saturate", "rounding", _one_of(*(o.value for o in Overflow)), "beyond the largest value; infinity: where it is"
+    )
+    loss_scale: float | str = _setting(
+        1.0,
+        "rounding",
+        Kind(f"{_FACTOR.allowed}, or dynamic", _loss_scale),
+        "factor on the loss, divided out of the gradients",
+    )
+    backend: str = _setting(
+        "auto", "rounding", _one_of("auto", "eager", "qtorch"), "rounding engine; qtorch runs qtorch itself"
+    )
+    output_dir: str = _setting("runs", "records", Kind("a folder", _text), "where records go")
+    wandb: str = _setting(
+        "auto",
+        "records",
+        _one_of("auto", "online", "offline", "disabled"),
+        "Weights & Biases; auto: WANDB_MODE, else online with an API key, else offline",
+    )
+    wandb_project: str | None = _setting(
+        None, "records", _or_none(Kind("a name", _text)), "wandb project", default_text="low-precision-ml"
+    )
+    wandb_entity: str | None = _setting(
+        None, "records", _or_none(Kind("a name", _text)), "wandb entity", default_text="wandb's own setting"
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (meant := _convert(f, value)) != value:
+                raise _refused(f.name, value, f"{meant!r}; Config.make takes the other spellings too")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What single fields cannot say."""
+        spec = DATASETS[self.dataset]
+        if spec.own_split and self.test_split != Config.test_split:
+            raise _refused("test_split", self.test_split, f"{self.dataset} has its own split ({spec.own_split})")
+        if not spec.own_split and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
+            rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
+            raise _refused("test_split", self.test_split, rows)
+        if self.model_name in IMAGE_MODELS and len(spec.shape) != 3:
+            known = ", ".join(name for name in MODELS if name not in IMAGE_MODELS)
+            raise _refused("model", self.model, f"{known} ({self.dataset} holds no images)")
+        if self.momentum and self.optimizer != "sgd":
+            raise _refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
+        rules = self.rules()
+        if self.overflow == "infinity":
+            for site, rule in rules.items():
+                if not rule.format.has_infinity:
+                    raise _refused("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+        if self.backend == "qtorch":
+            self._check_qtorch(rules)
+
+    def _check_qtorch(self, rules: dict[str, Rule]) -> None:
+        others = "auto, eager"
+        for site, rule in rules.items():
+            if rule.format.name not in ("float8", "float16", "float32"):
+                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
+            if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
+                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding.value})")
+        if self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw":
+            lacks = "no dynamic loss scale, no choice of layers, no adamw"
+            raise _refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
+
+    @classmethod
+    def make(cls, **settings: Any) -> Config:
+        """A Config of settings by field name, each a value or a flag's text. An unknown name: ConfigError."""
+        known = {f.name: f for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ConfigError(f"setting {name!r}: unknown" + (f"; did you mean {near[0]}?" if near else ""))
+        return cls(**{name: _convert(known[name], value) for name, value in settings.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """ConfigError for what `make` does not take, ValueError for what is not JSON."""
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ConfigError("a config is a JSON object: settings by name")
+        return cls.make(**settings)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def resolved(self) -> Config:
+        """The same run with nothing left to defaults that depend on other settings."""
+        return replace(self, model=self.model_name, rounding_seed=self.noise_seed)
+
+    @property
+    def model_name(self) -> str:
+        return self.model or DATASETS[self.dataset].model
+
+    @property
+    def noise_seed(self) -> int:
+        return self.seed if self.rounding_seed is None else self.rounding_seed
+
+    def rules(self) -> dict[str, Rule]:
+        """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
+        base = format_named(self.precision)
+        found = {site: Rule(base, Rounding(self.rounding)) for site in self.quantize if base != FLOAT32}
+        for text in self.site:
+            site, name, rounding = _override(text)
+            found[site] = Rule(format_named(name), Rounding(rounding or self.rounding))
+        # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
+        return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s == "accumulator")}
+
+    @property
+    def label(self) -> str:
+        """DATASET-PRECISION-ROUNDING: the run's name but for its seed."""
+        return "-".join([self.dataset, self.precision, *([self.rounding] if self.precision != FLOAT32.name else [])])
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """The same for runs that differ in their seeds alone."""
+        return f"{self.label}-{_digest(self._decisive() | {'seed': None, 'rounding_seed': None})}"
+
+    @property
+    def folder_name(self) -> str:
+        """NAME-HASH, the hash of all that decides the result."""
+        return f"{self.name}-{_digest(self._decisive())}"
+
+    def _decisive(self) -> dict[str, Any]:
+        """All that decides the result: not where it is recorded, tracked or run, nor what makes no difference."""
+        rules = self.rules()
+        own = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
+        for name in ("data_dir", "device", "output_dir", "wandb", "wandb_project", "wandb_entity"):
+            del own[name]
+        for name in ("precision", "rounding", "quantize", "site"):  # `rules` says it
+            del own[name]
+        stochastic = any(r.rounding is Rounding.STOCHASTIC and r.format != FLOAT32 for r in rules.values())
+        return own | {
+            "rules": {site: str(rule) for site, rule in rules.items()},
+            "model": self.model_name,
+            "rounding_seed": self.noise_seed if stochastic else None,
+            "overflow": self.overflow if rules else None,
+            "layers": self.layers if rules else None,
+            "backend": "qtorch" if self.backend == "qtorch" and rules else None,  # our engines give the same bits
+        }
+
+
+def _convert(f: Field, value: Any) -> Any:
+    try:
+        return f.metadata["kind"].convert(value)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        raise _refused(f.name, value, f.metadata["kind"].allowed) from None
+
+
+def _refused(name: str, value: Any, allowed: str) -> ConfigError:
+    given = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return ConfigError(f"{flag(name)}: given {shown(given)}, allowed: {allowed}")
+
+
+def shown(given: str) -> str:
+    """A text that was given, on one line; in quotes where it would not be seen."""
+    return given if given and given.isprintable() and given == given.strip() else repr(given)
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def with_recipe(recipe: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's settings, with the explicit ones over them; of `site`, those for the same site."""
+    if recipe is None:
+        return dict(settings)
+    if recipe not in RECIPES:
+        raise _refused("recipe", recipe, ", ".join(RECIPES))
+    merged = {**RECIPES[recipe], **settings}
+    if "site" in settings and "site" in RECIPES[recipe]:
+        explicit = [settings["site"]] if isinstance(settings["site"], str) else settings["site"]
+        named = {text.partition("=")[0] for text in explicit}
+        kept = [text for text in RECIPES[recipe]["site"] if text.partition("=")[0] not in named]
+        merged["site"] = (*kept, *explicit)
+    return merged
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
