@@ -204,12 +204,15 @@ class OptimizerRounding:
 
     @torch.no_grad()
     def _load(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """A state without ours, of a plain float32 optimizer, is taken as it is: the accumulator starts anew."""
+        """Takes over a state that we saved; one without an accumulator starts it from the weights.
+
+        A state without ours, of a plain float32 optimizer, is taken as it is.
+        """
         extra = state.get(EXTRA_STATE)
         if extra is None:
             return
         for p, master in self.weights.masters.items():
-            master.copy_(extra["accumulator"].get(self.names[p], master))
+            master.copy_(extra["accumulator"].get(self.names[p], p))
         for p in self.weights.rounded_at:
             self.weights.rounded_at[p] = extra["rounded_at"].get(self.names[p], extra["step"])
         self.clock.move_to(extra["step"])

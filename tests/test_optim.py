@@ -223,6 +223,8 @@ EVERYTHING = rules(ALL, "float8", "stochastic") | {"accumulator": rule("float16"
 @pytest.mark.parametrize("skip", [False, True], ids=["", "after a skipped step"])
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(order, kind, accumulator, skip):
     scheme = rules(ALL, "float8", "stochastic")
+    if kind == "amsgrad":  # in float8 its second moments become 0, and the steps by them overflow
+        scheme["momentum"] = rule("float16", "stochastic")
     if accumulator:
         scheme["accumulator"] = rule(accumulator, "stochastic")
 
