@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 
 _MASK64 = 2**64 - 1
+LOW_WORD = 2**31  # the draw of the low words of 64-bit ones
 _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 over the golden ratio
 
 

@@ -1,0 +1,428 @@
+"""The loops of the fused engine, compiled by numba for the processor at hand: what kernels/eager.py says, in one pass.
+
+Everything is arithmetic of 32-bit whole numbers, written with the operations below: numba's own widen to 64 bits. Loops
+without branches, which LLVM turns into vector instructions, over groups of GROUP elements. For most groups a loop of
+few instructions is right, and a first look at the largest and smallest magnitude finds the others:
+
+    fast     all between the format's smallest normal and largest value, or zero: cut the same bits off all
+    general  any value: the number of bits to cut off depends on the value
+    deep     after it, stochastic, for values so small that further random words decide
+
+Addresses and counts are whole numbers of the caller's, who answers for them; nothing here allocates or raises.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from llvmlite import ir
+from numba import float32, int32, int64, njit, types, uint32, uint64
+from numba.extending import intrinsic
+
+from kernels.parameters import MODES
+
+GROUP = 256  # elements
+_DEEP_GROUP = 32
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": True}
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_SIGN, _MAGNITUDE, _INFINITY = 0x80000000, 0x7FFFFFFF, 0x7F800000
+_NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = range(len(MODES))
+
+
+def _operation(name):
+    """uint32 (uint32, uint32): the LLVM instruction of that name."""
+
+    @intrinsic
+    def operation(typing_context, x, y):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, name)(*arguments)
+
+        return types.uint32(types.uint32, types.uint32), generate
+
+    return operation
+
+
+_add, _sub, _mul = _operation("add"), _operation("sub"), _operation("mul")
+_and, _or, _xor = _operation("and_"), _operation("or_"), _operation("xor")
+_shl, _shr, _sar = _operation("shl"), _operation("lshr"), _operation("ashr")  # _sar: the sign comes in
+
+
+@intrinsic
+def _as_float(typing_context, x):
+    return types.float32(types.uint32), lambda c, builder, s, arguments: builder.bitcast(arguments[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(typing_context, x):
+    return types.uint32(types.float32), lambda c, builder, s, arguments: builder.bitcast(arguments[0], _I32)
+
+
+@intrinsic
+def _load(typing_context, address, i):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I32.as_pointer())
+        return builder.load(builder.gep(pointer, [arguments[1]]))
+
+    return types.uint32(types.int64, types.int64), generate
+
+
+@intrinsic
+def _store(typing_context, address, i, value):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I32.as_pointer())
+        builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint32), generate
+
+
+@intrinsic
+def _group_buffer(typing_context):
+    """The address of room for a group, on the stack."""
+
+    def generate(context, builder, signature, arguments):
+        with builder.goto_entry_block():
+            buffer = builder.alloca(ir.ArrayType(_I32, GROUP))
+        return builder.ptrtoint(buffer, _I64)
+
+    return types.int64(), generate
+
+
+@njit(inline="always")
+def _word(index, k0, k1, k2):
+    """noise.word: k0, k1, k2 are the key's words after `_mixed`, which saves three operations each time."""
+    x = _mul(_xor(_xor(index, _shr(index, 17)), k0), 0xED5AD4BB)
+    x = _mul(_xor(_xor(x, _shr(x, 11)), k1), 0xAC4C1B51)
+    x = _mul(_xor(_xor(x, _shr(x, 15)), k2), 0x31848BAB)
+    return _xor(x, _shr(x, 14))
+
+
+@njit(inline="always")
+def _mixed(part, shift):
+    """(x ^ part) ^ (x ^ part) >> shift = x ^ x >> shift ^ _mixed(part, shift)."""
+    return _xor(uint32(part), _shr(uint32(part), shift))
+
+
+@njit(inline="always")
+def _index(first, table, i):
+    """The row-major index of the i-th element in memory: the next one, or where `table` says, an address of uint32."""
+    return _add(first, _load(table, i) if table else uint32(i))
+
+
+@njit(inline="always")
+def _few_of(noise, drop, few, half):
+    """FewBits: the top `few` of the `drop` random bits, and half of their last place where `half` is all ones."""
+    unused = _sub(max(drop, few), few)
+    return _or(_shl(_shr(noise, unused), unused), _and(_shr(_shl(1, unused), 1), half))
+
+
+@njit(inline="always")
+def _finished(infinity, mode, bits, result, largest, lowest, signed_zero):
+    """The result with its sign, after overflow and for special values."""
+    magnitude, negative = _and(bits, _MAGNITUDE), _sar(bits, 31)
+    limit = _add(largest, _and(negative, _sub(lowest, largest)))
+    if infinity:
+        beyond = uint32(_INFINITY)
+        if mode == _ZERO:
+            beyond = limit
+        if mode == _UP:
+            beyond = limit if negative else uint32(_INFINITY)
+        if mode == _DOWN:
+            beyond = uint32(_INFINITY) if negative else limit
+        result = beyond if result > limit else result
+        result = uint32(_INFINITY) if magnitude == uint32(_INFINITY) else result
+    else:
+        result = min(result, limit)
+    result = uint32(_MAGNITUDE) if magnitude > uint32(_INFINITY) else result
+    sign = _and(bits, _SIGN)
+    sign = _and(sign, signed_zero) if result == uint32(0) else sign
+    return _or(result, sign)
+
+
+@njit(inline="always")
+def _fast(mode, source, target, size, index, table, k0, k1, k2, always, few, half):
+    """A group whose values all lose the same `always` bits, and do not overflow."""
+    cut = _sub(_shl(1, always), 1)
+    kept, half_below = _xor(cut, 0xFFFFFFFF), _shr(cut, 1)
+    for i in range(size):
+        bits = _load(source, i)
+        if mode == _NEAREST:
+            bits = _add(_add(bits, _and(_shr(bits, always), 1)), half_below)
+        elif mode == _AWAY:
+            bits = _add(_add(bits, half_below), 1)
+        elif mode == _UP:
+            bits = _add(bits, _and(cut, _xor(_sar(bits, 31), 0xFFFFFFFF)))
+        elif mode == _DOWN:
+            bits = _add(bits, _and(cut, _sar(bits, 31)))
+        elif mode >= _STOCHASTIC:
+            noise = _shr(_word(_index(index, table, i), k0, k1, k2), _sub(32, always))
+            bits = _add(bits, _few_of(noise, always, few, half) if mode == _FEW else noise)
+        _store(target, i, _and(bits, kept))
+
+
+@njit(inline="always")
+def _general(
+    mode, infinity, source, target, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
+    largest, lowest, signed_zero, few, half,
+):  # fmt: skip
+    """A group of any values, but for `_deep`."""
+    for i in range(size):
+        bits = _load(source, i)
+        magnitude = _and(bits, _MAGNITUDE)
+        scale = _sub(max(_shr(magnitude, 23), uint32(1)), 1)
+        significand = _sub(magnitude, _shl(scale, 23))
+        level = max(scale, lowest_level)
+        whole_drop = _add(_sub(level, scale), always)
+        drop = min(whole_drop, uint32(30))
+        below = _sub(_shl(1, drop), 1)
+        added = uint32(0)
+        if mode == _NEAREST:
+            last = _shr(significand, drop)
+            if mantissa == uint32(0):  # without a mantissa, the code is the exponent
+                last = _add(last, _sub(level, lowest_level))
+            added = _shr(_add(below, _and(last, 1)), 1)
+        elif mode == _AWAY:
+            added = _shr(_add(below, 1), 1)
+        elif mode == _UP:
+            added = _and(below, _xor(_sar(bits, 31), 0xFFFFFFFF))
+        elif mode == _DOWN:
+            added = _and(below, _sar(bits, 31))
+        elif mode >= _STOCHASTIC:
+            word = _word(_index(index, table, i), k0, k1, k2)
+            added = _shr(_shr(word, 1), _sub(31, drop))
+            if mode == _FEW:
+                added = _few_of(added, drop, few, half)
+                significand = _shr(significand, min(_sub(whole_drop, drop), uint32(31)))
+        rounded = _shr(_add(significand, added), drop)
+        place = _shl(_sub(_add(level, 1), mantissa), 23)  # the last place, a normal number unless `composed`
+        result = _as_bits(_mul_floats(rounded, place))
+        if composed:
+            result = _add(_shl(rounded, drop), _shl(scale, 23))
+        _store(target, i, _finished(infinity, mode, bits, result, largest, lowest, signed_zero))
+
+
+@njit(inline="always")
+def _mul_floats(whole, place):
+    return float32(int32(whole)) * _as_float(place)
+
+
+@njit(inline="always")
+def _is_deep(bits, below):
+    magnitude = _and(bits, _MAGNITUDE)
+    return magnitude < below and magnitude != uint32(0)
+
+
+@njit(inline="always")
+def _zeros(magnitude, lowest_level, always):
+    """eager._round_deep: the significand, and how many further random bits must be zero."""
+    scale = _sub(max(_shr(magnitude, 23), uint32(1)), 1)
+    significand = _sub(magnitude, _shl(scale, 23))
+    zeros = _sub(_add(_sub(max(scale, lowest_level), scale), always), 24)
+    missing = _sub(150, _shr(_as_bits(float32(int32(significand))), 23))  # leading zeros of a subnormal number's
+    missing = uint32(0) if significand == uint32(0) else missing
+    return _shl(significand, missing), _add(zeros, missing)
+
+
+@njit(inline="always")
+def _deep(
+    source, target, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest, below, signed_zero,
+    key, block,
+):  # fmt: skip
+    """Rounds what lies far below the smallest value of the format again, as eager._round_deep does."""
+    undecided = uint32(0)
+    for i in range(size):
+        bits = _load(source, i)
+        significand, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
+        place = _index(index, table, i)
+        up = _shr(_word(place, k0, k1, k2), 8) < significand
+        up = up and _shr(_word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0)
+        deep = _is_deep(bits, below)
+        undecided = _or(undecided, uint32(deep and up and zeros > uint32(32)))
+        value = _or(smallest if up else uint32(0), _and(bits, _SIGN))
+        value = _and(value, signed_zero) if value == uint32(_SIGN) else value
+        _store(target, i, value if deep else _load(target, i))
+    if undecided:
+        for i in range(size):
+            bits = _load(source, i)
+            _, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
+            if _is_deep(bits, below) and zeros > uint32(32) and _and(_load(target, i), _MAGNITUDE) != uint32(0):
+                left, draw, up = int64(zeros) - 32, 2, True
+                while up and left > 0:
+                    word = _further_word(_index(index, table, i), key, block, draw)
+                    up = _shr(word, _sub(32, uint32(min(left, 32)))) == uint32(0)
+                    left -= 32
+                    draw += 1
+                if not up:
+                    _store(target, i, _and(_and(bits, _SIGN), signed_zero))
+
+
+@njit(inline="always")
+def _mix64(z):
+    """noise.mix64."""
+    z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
+    return z ^ (z >> uint64(31))
+
+
+@njit
+def _further_word(index, key, block, draw):
+    """The word of noise.Key(key).parts(block, draw)."""
+    start = uint64(key) + uint64(0x9E3779B97F4A7C15) * (uint64(1) + uint64(block) + (uint64(draw) << uint64(32)))
+    mixed, more = _mix64(start), _mix64(start ^ uint64(0xFFFFFFFFFFFFFFFF))
+    k0, k1, k2 = uint32(mixed), uint32(mixed >> uint64(32)), uint32(more)
+    return _word(index, _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15))
+
+
+@njit(inline="always")
+def _group(
+    mode, infinity, group, result, size, index, table, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level,
+    mantissa, composed, fast_from, deep_below, largest, lowest, signed_zero, few, half, buffer,
+):  # fmt: skip
+    """Rounds at most GROUP numbers at `group` into `result`."""
+    highest, smallest = int32(-1), uint32(0xFFFFFFFF)
+    for i in range(size):
+        less_one = _sub(_and(_load(group, i), _MAGNITUDE), 1)  # of zero: the smallest int32, the largest uint32
+        highest, smallest = max(highest, int32(less_one)), min(smallest, less_one)
+    if fast_from and smallest >= _sub(fast_from, 1) and highest < int32(largest):
+        _fast(mode, group, result, size, index, table, k0, k1, k2, always, few, half)
+        return
+    deep = mode == _STOCHASTIC and deep_below != uint32(0) and smallest < _sub(deep_below, 1)
+    written = buffer if deep else result  # `_deep` reads the group again, and they may be the same
+    _general(
+        mode, infinity, group, written, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
+        largest, lowest, signed_zero, few, half,
+    )  # fmt: skip
+    if deep:
+        smallest_value = _shl(_sub(_add(lowest_level, 1), mantissa), 23)
+        for start in range(0, size, _DEEP_GROUP):  # a few values like that in every group are common, more are not
+            some = min(_DEEP_GROUP, size - start)
+            smallest = uint32(0xFFFFFFFF)
+            for i in range(start, start + some):
+                smallest = min(smallest, _sub(_and(_load(group, i), _MAGNITUDE), 1))
+            if smallest < _sub(deep_below, 1):
+                place = 4 * start
+                _deep(
+                    group + place, buffer + place, some, index if table else _add(index, uint32(start)),
+                    table + place if table else 0, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest_value,
+                    deep_below, signed_zero, key, block,
+                )  # fmt: skip
+        for i in range(size):
+            _store(result, i, _load(buffer, i))
+
+
+# What a kernel reads at `parameters`, as uint32, in this order: see kernels/parameters.py; and of a block, the largest
+# magnitude of the tensor's type.
+PARAMETERS = (
+    *("always", "lowest_level", "mantissa", "composed", "fast_from", "deep_below", "largest", "lowest", "signed_zero"),
+    *("few", "half", "exponents", "type_largest"),
+)
+_KEYS = ", ".join(["int64"] * 8)  # the key's words for draw 0 and 1, k0, k1, k2, f0, f1, f2; key and block for others
+
+
+@cache
+def flat(mode: int, infinity: bool):
+    """kernel(source, target, count, first, keys ..., parameters): `count` float32 numbers at `source`, into `target`.
+
+    mode: a place in MODES. infinity: whether overflow follows IEEE 754; otherwise it saturates. first: the index of the
+    first element. The addresses `source` and `target` may be the same.
+    """
+
+    @njit(f"void(int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
+    def kernel(source, target, count, first, k0, k1, k2, f0, f1, f2, key, block, parameters):
+        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
+        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+        always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
+        composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
+        largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
+        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
+        for start in range(0, count, GROUP):
+            _group(
+                mode, infinity, source + 4 * start, target + 4 * start, min(GROUP, count - start),
+                _add(uint32(first), uint32(start)), 0, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level,
+                mantissa, composed, fast_from, deep_below, largest, lowest, signed_zero, few, half, buffer,
+            )  # fmt: skip
+
+    return kernel
+
+
+@cache
+def channels_last(mode: int, infinity: bool):
+    """kernel(source, target, first, last, channels, pixels, table, keys ..., parameters): as `flat`, for images that
+    lie pixel by pixel, their elements counted channel by channel.
+
+    first, last: which units, each of max(1, GROUP // channels) pixels, the last of an image of fewer. table: address of
+    uint32, for each of GROUP elements in memory how far its index lies from the unit's first one.
+    """
+
+    @njit(f"void(int64, int64, int64, int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
+    def kernel(
+        source, target, first, last, channels, pixels, table, k0, k1, k2, f0, f1, f2, key, block, parameters
+    ):  # fmt: skip
+        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
+        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+        always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
+        composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
+        largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
+        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
+        unit = max(1, GROUP // channels)
+        units = (pixels + unit - 1) // unit  # of an image
+        for number in range(first, last):
+            image, pixel = number // units, number % units * unit
+            elements = min(unit, pixels - pixel) * channels
+            for start in range(0, elements, GROUP):  # several only where there are more channels than GROUP
+                place = 4 * ((image * pixels + pixel) * channels + start)
+                _group(
+                    mode, infinity, source + place, target + place, min(GROUP, elements - start),
+                    uint32(image * pixels * channels + pixel + start * pixels), table, k0, k1, k2, f0, f1, f2, key,
+                    block, always, lowest_level, mantissa, composed, fast_from, deep_below, largest, lowest,
+                    signed_zero, few, half, buffer,
+                )  # fmt: skip
+
+    return kernel
+
+
+@cache
+def blocks(mode: int):
+    """kernel(source, target, first, last, length, keys ..., parameters) -> int64: as `flat`, for blocks first .. last - 1
+    of `length` numbers each, which share a power of two as scale (formats.BlockFormat).
+
+    Returns whether there was a block so close to float32's smallest numbers that it must be left to another engine;
+    `target` is then of no use.
+    """
+
+    @njit(f"int64(int64, int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
+    def kernel(source, target, first, last, length, k0, k1, k2, f0, f1, f2, key, block, parameters):
+        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
+        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+        always, mantissa = _load(parameters, 0), _load(parameters, 2)
+        element_largest, signed_zero = _load(parameters, 6), _load(parameters, 8)
+        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
+        exponents, type_largest = _load(parameters, 11), _load(parameters, 12)
+        highest_exponent = _shr(element_largest, 23)
+        for number in range(first, last):
+            begin = source + 4 * number * length
+            amax = uint32(0)
+            for i in range(length):
+                magnitude = _and(_load(begin, i), _MAGNITUDE)
+                amax = max(amax, uint32(0) if magnitude > uint32(_INFINITY) else magnitude)
+            amax = min(amax, type_largest) if amax else uint32(0x3F800000)
+            exponent = _shr(amax, 23)
+            # The element's format, its bias and its largest value moved by the scale.
+            lowest_level = _sub(exponent, exponents)
+            if int32(lowest_level) + int32(always) < 31:
+                return 1
+            largest = _add(element_largest, _shl(_sub(exponent, highest_exponent), 23))
+            fast_from = uint32(0)
+            if signed_zero and mantissa:
+                fast_from = _shl(_add(lowest_level, 1), 23)
+            deep_below = _shl(_sub(_add(lowest_level, always), 29), 23)
+            for start in range(0, length, GROUP):
+                place = 4 * (number * length + start)
+                _group(
+                    mode, False, source + place, target + place, min(GROUP, length - start),
+                    uint32(number * length + start), 0, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level,
+                    mantissa, uint32(0), fast_from, deep_below, largest, largest, signed_zero, few, half, buffer,
+                )  # fmt: skip
+        return 0
+
+    return kernel
