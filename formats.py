@@ -155,6 +155,8 @@ def rule_of(spec: Rule | Format | str, rounding: Rounding | str = Rounding.NEARE
     if not isinstance(spec, str):
         raise TypeError(f"given {spec!r}, allowed: FORMAT[:ROUNDING], a Format or a Rule")
     name, colon, own = spec.partition(":")
+    if colon and own not in (known := [r.value for r in Rounding]):
+        raise ValueError(f"no rounding {own!r}; allowed: {', '.join(known)}")
     return Rule(format_named(name), Rounding(own if colon else rounding))
 
 
