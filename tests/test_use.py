@@ -1,6 +1,7 @@
 """quantize_model and quantize_optimizer as a plain script uses them: compiled, copied, pickled, changed on the way."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -145,6 +146,18 @@ def test_the_example_runs_anywhere_and_shows_what_it_says(tmp_path):
     assert float32 < stochastic < to_nearest / 5
     assert float32 < accumulator < to_nearest / 5
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readmes_lines_run(capsys):
+    section = (ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert "accumulator=float16:stochastic" in capsys.readouterr().out
+    assert all(holds(p, FLOAT8) for p in names["model"].parameters())
+    assert holds(names["x"].grad, NAMED["float16"])
 
 
 # Autograd
