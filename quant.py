@@ -37,7 +37,7 @@ ENGINES = {"eager": "kernels.eager", "qtorch": "kernels.qtorch"}
 AUTO = "eager"
 
 
-@torch.compiler.disable  # traced, a key would become a constant; an engine may be compiled code of its own
+@torch.compiler.disable  # which would compile anew for each key, and cannot trace every engine
 def quantize(
     x: Tensor,
     format: Format | str,

@@ -90,7 +90,7 @@ class LayerRounding(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{site}={rule}" for site, rule in self.shown().items())
 
-    # Not traced by torch.compile, which would make constants of the step and the call, and so of the noise.
+    # Not traced by torch.compile, to which step and call are constants: it would compile anew for each of them.
     @torch.compiler.disable
     def before(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple:
         """The layer's forward pre-hook: rounds what it reads."""
