@@ -14,7 +14,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from data import DATASETS
-from formats import FLOAT32, FORMAT_NAMES, SITES, Overflow, Rounding, Rule, format_named
+from formats import FLOAT32, FORMAT_NAMES, SITES, Overflow, Rounding, Rule, format_named, rule_of
 
 MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
 IMAGE_MODELS = ("cnn", "resnet20")
@@ -114,18 +114,17 @@ def _sites(value: Any) -> tuple[str, ...]:
 def _overrides(value: Any) -> tuple[str, ...]:
     """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
     texts = (value,) if isinstance(value, str) else tuple(value)
-    sites = [_override(text)[0] for text in texts]
+    sites = [_override(text, Rounding.NEAREST)[0] for text in texts]
     if len(set(sites)) < len(sites):
         raise ValueError
     return texts
 
 
-def _override(text: str) -> tuple[str, str, str | None]:
+def _override(text: str, rounding: Rounding | str) -> tuple[str, Rule]:
     site, equals, how = text.partition("=")
-    name, colon, rounding = how.partition(":")
-    if site not in SITES or not equals or (colon and rounding not in ROUNDINGS):
+    if site not in SITES or not equals:
         raise ValueError
-    return site, _format(name), rounding or None
+    return site, rule_of(how, rounding)
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
@@ -315,8 +314,8 @@ class Config:
         base = format_named(self.precision)
         found = {site: Rule(base, Rounding(self.rounding)) for site in self.quantize if base != FLOAT32}
         for text in self.site:
-            site, name, rounding = _override(text)
-            found[site] = Rule(format_named(name), Rounding(rounding or self.rounding))
+            site, rule = _override(text, self.rounding)
+            found[site] = rule
         # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
         return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s == "accumulator")}
 

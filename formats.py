@@ -256,6 +256,23 @@ def format_named(name: str) -> Format | BlockFormat:
     raise ValueError(f"no format {name!r}{hint}; allowed: {FORMAT_NAMES}")
 
 
+def rule_of(spec: Rule | Format | str, rounding: Rounding | str = Rounding.NEAREST) -> Rule:
+    """The rule that `spec` says: a rule, a format, or a text "FORMAT[:ROUNDING]"; `rounding` where it names none.
+
+    ValueError for an unknown name, TypeError for another type.
+    """
+    if isinstance(spec, Rule):
+        return spec
+    if isinstance(spec, Format):
+        return Rule(spec, Rounding(rounding))
+    if not isinstance(spec, str):
+        raise TypeError(f"given {spec!r}, allowed: FORMAT[:ROUNDING], a Format or a Rule")
+    name, colon, own = spec.partition(":")
+    if colon and own not in (known := [r.value for r in Rounding]):
+        raise ValueError(f"no rounding {own!r}; allowed: {', '.join(known)}")
+    return Rule(format_named(name), Rounding(own if colon else rounding))
+
+
 def table() -> str:
     """The named formats, one a line: what `--list-formats` prints."""
     rows = [("format", "bits", "largest", "smallest normal", "smallest subnormal", "unit roundoff", "has")]

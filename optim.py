@@ -6,12 +6,14 @@ where there is one; its state, the accumulator and the weights are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_OUTSIDE = 2**32  # calls above are of weights set from outside, those below of an optimizer's closures
+COUNTS = ("step", "mu_product", "mu", "eta")  # of an optimizer's state, what says how far it is: no moment to round
 EXTRA_STATE = "low_precision"  # where rounding keeps its own state in the optimizer's state_dict
 
 
@@ -30,6 +32,10 @@ class LossScale:
         self.clean_steps = 0  # since the scale last moved
         self.skipped = 0
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to call backward() on."""
+        return loss if self.value == 1.0 else loss * self.value
+
     def update(self, overflowed: bool) -> None:
         """Ends one step of dynamic scaling."""
         self.clean_steps = 0 if overflowed else self.clean_steps + 1
@@ -47,48 +53,66 @@ class LossScale:
 
 
 class Weights:
-    """The weights of a model, in their format at all times, and the accumulator behind them where there is one.
+    """The weights of a model, in their format at all times, and the accumulator behind them where there is one."""
 
-    weights: what rounds each parameter. accumulator: what rounds each parameter's master copy, None for a master copy
-    in float32; a parameter that is in neither is left alone.
-    """
-
-    def __init__(self, weights: dict[Tensor, Callable], accumulator: dict[Tensor, Callable | None], clock: Any) -> None:
-        self.weights, self.accumulator, self.clock = weights, accumulator, clock
-        self.masters = {p: p.detach().clone() for p in accumulator}
-        self.rounded_at: dict[Tensor, int] = {}  # the step whose noise is in the weight: not every step moves it
+    def __init__(self, clock: Any) -> None:
+        self.clock = clock
+        self.weights: dict[Tensor, Callable] = {}
+        self.accumulator: dict[Tensor, Callable | None] = {}
+        self.masters: dict[Tensor, Tensor] = {}
+        self.rounded_at: dict[Tensor, tuple[int, int]] = {}  # step and call whose noise is in the weight
         self._seen: dict[Tensor, tuple] = {}
-        for p in self.weights | self.masters:
+
+    def add(self, weights: dict[Tensor, Callable], accumulator: dict[Tensor, Callable | None]) -> None:
+        """Takes in parameters, rounded at once.
+
+        weights: what rounds each of them. accumulator: what rounds each one's master copy, None for a master copy in
+        float32; a parameter that is in neither is left alone.
+        """
+        self.weights |= weights
+        self.accumulator |= accumulator
+        with torch.inference_mode(False):  # a tensor made there could never be trained
+            self.masters |= {p: p.detach().clone() for p in accumulator}
+        for p in weights | accumulator:
             self._take(p)
 
-    def _weight(self, p: Tensor, call: int = 0) -> Tensor:
+    def drop(self, p: Tensor) -> None:
+        """Forgets a parameter that its model has no more."""
+        for held in (self.weights, self.accumulator, self.masters, self.rounded_at, self._seen):
+            held.pop(p, None)
+
+    def _weight(self, p: Tensor) -> Tensor:
         """What the parameter is, or should be: its accumulator, or what it is now, rounded."""
         value = self.masters.get(p, p)
-        return self.weights[p](value, call, self.rounded_at[p]) if p in self.weights else value
+        step, call = self.rounded_at[p]
+        return self.weights[p](value, call, step) if p in self.weights else value
 
     @torch.no_grad()
     def _take(self, p: Tensor, call: int = 0) -> None:
         """Takes over what the parameter is now: rounded, through the accumulator where there is one."""
-        self.rounded_at[p] = self.clock.step
+        self.rounded_at[p] = self.clock.step, call
         if p in self.masters:
             round_ = self.accumulator[p]
             self.masters[p].copy_(round_(p, call) if round_ else p)
-        p.copy_(self._weight(p, call))
+        p.copy_(self._weight(p))
         self._seen[p] = _version(p)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Takes over weights that were set from outside: rounded, and the accumulator with them.
+    def settle(self, parameters: Iterable[Tensor | None] | None = None) -> None:
+        """Takes over weights, all of them or these, that were set from outside: rounded, and the accumulator with them.
 
         An accumulator that rounds to just these weights stays: it came with them, from a checkpoint.
         """
-        for p, seen in self._seen.items():
-            if _version(p) == seen:
+        for p in list(self._seen) if parameters is None else parameters:
+            if p not in self._seen or _version(p) == self._seen[p]:
                 continue
-            if p in self.masters and torch.equal(p, self._weight(p)):
+            if p in self.masters:
+                self.masters[p] = self.masters[p].to(p.device)  # the model may have been moved
+            if torch.equal(p, self._weight(p)):
                 self._seen[p] = _version(p)
-            else:
-                self._take(p)
+            else:  # fresh noise each time: no step of ours may ever come between two of them
+                self.clock.writes += 1
+                self._take(p, _OUTSIDE + self.clock.writes)
 
     @torch.no_grad()
     def enter(self, parameters: list[Tensor]) -> None:
@@ -106,38 +130,54 @@ class Weights:
 
 def _version(p: Tensor) -> tuple[int, int]:
     """Changes when somebody writes to the parameter, in place or by giving it other memory."""
-    return p.data_ptr(), p._version
+    return p.data_ptr(), 0 if p.is_inference() else p._version
 
 
 class OptimizerRounding:
     """The hooks on one optimizer.
 
-    names: the parameters that are rounded; any other of the optimizer's stays in float32. gradients, momentum: what
-    rounds each of them.
+    names: the parameters that are rounded, more of them perhaps later; any other of the optimizer's stays in float32.
+    scheme: makes what rounds gradients and momentum. check: raises where the model has got parameters that are not
+    rounded.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
         names: dict[Tensor, str],
         weights: Weights,
-        gradients: dict[Tensor, Callable],
-        momentum: dict[Tensor, Callable],
+        scheme: Any,
         clock: Any,
         scale: LossScale,
+        check: Callable[[], None],
     ) -> None:
-        self.names, self.weights, self.gradients, self.momentum = names, weights, gradients, momentum
-        self.clock, self.scale, self.overflowed = clock, scale, False
+        self.names, self.weights, self.scheme = names, weights, scheme
+        self.clock, self.scale, self.check, self.overflowed = clock, scale, check, False
         self.moving: list[Tensor] = []  # what this step moves: no torch optimizer moves a parameter without gradient
+        self._made: dict[tuple[str, Tensor], Callable | None] = {}
         clock.watch = scale.dynamic
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
         optimizer.register_load_state_dict_post_hook(self._round_state)
+        optimizer.loss_scale = self.scale
+        # A torch optimizer's copy, or what is pickled of it, has lost its hooks: it would go on without rounding.
+        optimizer.__reduce_ex__ = lambda protocol: (_remake, (type(optimizer), optimizer.__getstate__(), self))
 
+    def _quantizer(self, site: str, p: Tensor) -> Any:
+        """What rounds this parameter's gradient or momentum; None where it stays as it is."""
+        if p not in self.names:
+            return None
+        if (site, p) not in self._made:
+            self._made[site, p] = self.scheme.quantizer(site, self.names[p], self.clock)
+        return self._made[site, p]
+
+    @torch.compiler.disable
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        self.check()
         self.weights.settle()
         if closure is None:
             self._take_gradients(optimizer)
@@ -149,35 +189,37 @@ class OptimizerRounding:
             nonlocal calls
             if calls:  # the optimizer has moved the parameters since: round them as after a step
                 self.weights.leave(self.moving, calls)
-            calls += 1
             loss = closure()
-            self._take_gradients(optimizer)
+            self._take_gradients(optimizer, calls)
+            calls += 1
             self.weights.enter(self.moving)
             return loss
 
         return (optimizer, low_precision_closure), {}
 
     @torch.no_grad()
-    def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    def _take_gradients(self, optimizer: torch.optim.Optimizer, call: int = 0) -> None:
         """Rounds the gradients, then divides the loss scale out; a step that overflows is left without gradients."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        quantizers = {p: self._quantizer("gradients", p) for p in parameters}
         if self.scale.dynamic:
-            found = [] if self.clock.overflowed is None else [self.clock.overflowed]
-            for p in parameters:
-                found.append(self.gradients[p].beyond(p.grad) if p in self.gradients else ~p.grad.isfinite().all())
-            self.clock.overflowed = None
+            found = list(self.clock.overflowed.values())
+            for p, quantizer in quantizers.items():
+                found.append(quantizer.beyond(p.grad) if quantizer else ~p.grad.isfinite().all())
+            self.clock.overflowed.clear()
             self.overflowed = any(bool(flag) for flag in found)
             if self.overflowed:
                 optimizer.zero_grad(set_to_none=True)
                 self.moving = []
                 return
         self.moving = parameters
-        for p in parameters:
-            if p in self.gradients:
-                p.grad.copy_(self.gradients[p](p.grad))
+        for p, quantizer in quantizers.items():
+            if quantizer:
+                p.grad.copy_(quantizer(p.grad, call))
             if self.scale.value != 1.0:
                 p.grad.div_(self.scale.value)
 
+    @torch.compiler.disable
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.clock.move_to(self.clock.step + 1)
         self._round_state(optimizer)
@@ -187,17 +229,18 @@ class OptimizerRounding:
 
     @torch.no_grad()
     def _round_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Rounds what the optimizer remembers of each parameter: momentum and moments, not its step count."""
-        for p, quantizer in self.momentum.items():
-            for call, (name, value) in enumerate(optimizer.state.get(p, {}).items()):
-                if name != "step" and torch.is_tensor(value) and value.shape == p.shape:
+        """Rounds what the optimizer remembers of each parameter: momentum and moments, not its counts."""
+        for p, state in optimizer.state.items():
+            quantizer = self._quantizer("momentum", p)
+            for call, (name, value) in enumerate(state.items() if quantizer else ()):
+                if torch.is_tensor(value) and name not in COUNTS:
                     value.copy_(quantizer(value, call))
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
         extra = {
             "step": self.clock.step,
             "accumulator": {self.names[p]: master for p, master in self.weights.masters.items()},
-            "rounded_at": {self.names[p]: step for p, step in self.weights.rounded_at.items()},
+            "rounded_at": {self.names[p]: when for p, when in self.weights.rounded_at.items()},
             "loss_scale": self.scale.state_dict(),
         }
         return state | {EXTRA_STATE: extra}
@@ -214,6 +257,13 @@ class OptimizerRounding:
         for p, master in self.weights.masters.items():
             master.copy_(extra["accumulator"].get(self.names[p], p))
         for p in self.weights.rounded_at:
-            self.weights.rounded_at[p] = extra["rounded_at"].get(self.names[p], extra["step"])
+            self.weights.rounded_at[p] = extra["rounded_at"].get(self.names[p], (extra["step"], 0))
         self.clock.move_to(extra["step"])
         self.scale.load_state_dict(extra["loss_scale"])
+
+
+def _remake(kind: type, state: dict, rounding: OptimizerRounding) -> torch.optim.Optimizer:
+    optimizer = kind.__new__(kind)
+    optimizer.__setstate__(state)
+    rounding.attach(optimizer)
+    return optimizer

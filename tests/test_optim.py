@@ -56,6 +56,13 @@ OPTIMIZERS = {
     "adamw, foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
+    "radam, foreach": lambda p: torch.optim.RAdam(p, 0.01, foreach=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p),
+    "rmsprop, foreach": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True, foreach=True),
+    "sgd, fused": lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01, fused=True),
+    "adam, fused": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, fused=True),
+    "adagrad, fused": lambda p: torch.optim.Adagrad(p, 0.01, fused=True),
 }
 
 
@@ -80,7 +87,7 @@ def test_optimizers_equal_a_plain_one_with_the_roundings_written_out(name, accum
             reference.step()
         for p in plain.parameters():
             for key, value in reference.state[p].items():
-                if key != "step" and value is not None:
+                if key not in ("step", "mu_product") and value is not None:
                     value.copy_(nearest(value, weights))
             fine = format_named(accumulator) if accumulator else weights
             masters[p] = p.detach().clone() if accumulator == "float32" else nearest(p, fine)
