@@ -256,21 +256,22 @@ def format_named(name: str) -> Format | BlockFormat:
     raise ValueError(f"no format {name!r}{hint}; allowed: {FORMAT_NAMES}")
 
 
-def rule_of(spec: Rule | Format | str, rounding: Rounding | str = Rounding.NEAREST) -> Rule:
+def rule_of(spec: Rule | Format | BlockFormat | str, rounding: Rounding | FewBits | str = Rounding.NEAREST) -> Rule:
     """The rule that `spec` says: a rule, a format, or a text "FORMAT[:ROUNDING]"; `rounding` where it names none.
 
     ValueError for an unknown name, TypeError for another type.
     """
     if isinstance(spec, Rule):
         return spec
-    if isinstance(spec, Format):
-        return Rule(spec, Rounding(rounding))
+    rounding = rounding_named(rounding) if isinstance(rounding, str) else rounding
+    if isinstance(spec, Format | BlockFormat):
+        return Rule(spec, rounding)
     if not isinstance(spec, str):
         raise TypeError(f"given {spec!r}, allowed: FORMAT[:ROUNDING], a Format or a Rule")
     name, colon, own = spec.partition(":")
     if colon and own not in (known := [r.value for r in Rounding]):
         raise ValueError(f"no rounding {own!r}; allowed: {', '.join(known)}")
-    return Rule(format_named(name), Rounding(own if colon else rounding))
+    return Rule(format_named(name), rounding_named(own) if colon else rounding)
 
 
 def table() -> str:

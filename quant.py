@@ -6,7 +6,6 @@ what a training run does (train.py), is sites.LowPrecision under a Scheme.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +13,27 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from formats import FLOAT32, SITES, Format, Overflow, Rounding, Rule, format_named, rule_of
+import engines
+from formats import (
+    FLOAT32,
+    SITES,
+    BlockFormat,
+    FewBits,
+    Format,
+    Overflow,
+    Rounding,
+    Rule,
+    format_named,
+    is_random,
+    rounding_named,
+    rule_of,
+)
 from kernels.noise import Key
-from sites import Clock, LayerRounding, LowPrecision, Round
+from sites import Clock, LayerRounding, LowPrecision, Round, untraced
 
 __all__ = [
+    "BlockFormat",
+    "FewBits",
     "Format",
     "Key",
     "LayerRounding",
@@ -32,81 +47,77 @@ __all__ = [
     "quantize_optimizer",
 ]
 
-# A further engine is one file with a function `quantize(x, format, rounding, overflow, key)` and one entry here.
-ENGINES = {"eager": "kernels.eager", "qtorch": "kernels.qtorch"}
-AUTO = "eager"
 
-
-@torch.compiler.disable  # which would compile anew for each key, and cannot trace every engine
+@untraced  # torch.compile would compile anew for each key, and cannot trace every engine
 def quantize(
     x: Tensor,
-    format: Format | str,
-    rounding: Rounding | str = Rounding.NEAREST,
+    format: Format | BlockFormat | str,
+    rounding: Rounding | FewBits | str = Rounding.NEAREST,
     key: Key | int | None = None,
     *,
-    backward: Rule | Format | str | None = None,
+    dim: int = -1,
+    backward: Rule | Format | BlockFormat | str | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Round every element of `x` to a neighbouring value of `format`: a new tensor, same shape, dtype and device.
 
-    x: float32, any shape and strides; float16 or bfloat16 too where that type holds every value of `format`.
-    rounding: see `Rounding`. STOCHASTIC takes its random bits from `key` and an element's row-major index alone.
+    x: float32 or float64, any shape and strides; float16 or bfloat16 where that type holds what comes out. Rounded
+    once, from the value it holds. The memory format stays, e.g. channels_last.
+    rounding: see `Rounding` and `FewBits`. Random ones take their bits from `key` and an element's row-major index
+    alone; in a `BlockFormat`, from its place in the row-major order of blocks. dim: along which its blocks run.
+    out: a tensor of x's shape and dtype for the result, x itself for rounding in place; no gradients then.
     Special values: NaN stays NaN; beyond `format.largest`, see `Overflow`; the sign stays, of zeros too where the
-    format has a negative zero; in float32 nothing is rounded. Gradients pass straight through (Bengio et al. 2013),
-    rounded on the way where `backward` says how: a format or "FORMAT[:ROUNDING]", with the noise of a key of their own.
-    Raises TypeError for other dtypes, ValueError for unknown names, a missing key, an infinity that is not there.
+    format has a negative zero; in float32 nothing is rounded (but float64 is). Gradients pass straight through (Bengio
+    et al. 2013), rounded on the way where `backward` says how: a format or "FORMAT[:ROUNDING]", with the noise of a key
+    of their own.
+    Raises TypeError for other dtypes, IndexError for a `dim` that x has not, ValueError for unknown names, a missing
+    key, an infinity that is not there, another shape of `out`.
     Source: IEEE 754-2019, 4.3 and 7.4; Croci et al. 2022, definition 1.
     """
-    format = format if isinstance(format, Format) else format_named(format)
-    rounding, overflow = Rounding(rounding), Overflow(overflow)
+    format = format_named(format) if isinstance(format, str) else format
+    rounding = rounding_named(rounding) if isinstance(rounding, str) else rounding
+    overflow = Overflow(overflow)
     key = key if key is None or isinstance(key, Key) else Key(key)
-    if rounding is Rounding.STOCHASTIC and key is None:
-        raise ValueError("stochastic rounding needs a key: a whole number below 2**64, or a Key")
+    if is_random(rounding):
+        if key is None:
+            raise ValueError("stochastic rounding needs a key: a whole number below 2**64, or a Key")
+    else:
+        key = None
     if overflow is Overflow.INFINITY and not format.has_infinity:
         raise ValueError(f"overflow to infinity: {format.name} has no infinity; use saturate")
-    if backend != "auto" and backend not in ENGINES:
-        raise ValueError(f"backend: given {backend!r}, allowed: auto, {', '.join(ENGINES)}")
-    if not isinstance(x, Tensor) or not _holds(x.dtype, format):
+    if not isinstance(x, Tensor) or not engines.holds(x.dtype, format):
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize to {format.name}: given {given}, allowed: a torch.float32 tensor (use x.float())")
-    round_gradient = _backward(backward, rounding, key, overflow, backend)
-    if x.requires_grad and torch.is_grad_enabled():
-        straight = partial(quantize, format=format, rounding=rounding, key=key, overflow=overflow, backend=backend)
-        return Round.apply(x, straight, round_gradient)
-    if format == FLOAT32:
-        return x.detach().clone()
-    engine = importlib.import_module(ENGINES[AUTO if backend == "auto" else backend])
-    return engine.quantize(x.detach().float(), format, rounding, overflow, key).to(x.dtype)
+    if isinstance(format, BlockFormat) and not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+        raise IndexError(f"dim: given {dim}, allowed: {-x.ndim} .. {x.ndim - 1}")
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+        raise ValueError(f"out: given {out.dtype} {tuple(out.shape)}, allowed: {x.dtype} {tuple(x.shape)}, as x")
+    round_gradient = backward and _backward(backward, rounding, key, dim, overflow, backend)
+    if out is None and x.requires_grad and torch.is_grad_enabled():
+        settings = {"rounding": rounding, "key": key, "dim": dim, "overflow": overflow, "backend": backend}
+        return Round.apply(x, partial(quantize, format=format, **settings), round_gradient)
+    return engines.quantize(x.detach(), format, rounding, overflow, key, dim, out, backend)
 
 
 def _backward(
-    spec: Rule | Format | str | None, rounding: Rounding, key: Key | None, overflow: Overflow, backend: str
-) -> Callable | None:
+    spec: Rule | Format | BlockFormat | str,
+    rounding: Rounding | FewBits,
+    key: Key | None,
+    dim: int,
+    overflow: Overflow,
+    backend: str,
+) -> Callable:
     """What rounds the gradient of one call of `quantize`."""
-    if spec is None:
-        return None
     rule = rule_of(spec, rounding)
-    if rule.rounding is Rounding.STOCHASTIC and key is None:
+    if is_random(rule.rounding) and key is None:
         raise ValueError("stochastic rounding of the gradient needs a key: a whole number below 2**64, or a Key")
     if overflow is Overflow.INFINITY and not rule.format.has_infinity:
         raise ValueError(f"overflow to infinity: backward: {rule.format.name} has no infinity; use saturate")
     own = key and Key.of(key.value, "backward")
-    return partial(quantize, format=rule.format, rounding=rule.rounding, key=own, overflow=overflow, backend=backend)
-
-
-def _holds(dtype: torch.dtype, format: Format) -> bool:
-    """Whether every value of `format` is one of the floating-point type `dtype`, no wider than float32."""
-    if dtype == torch.float32:
-        return True
-    if dtype not in (torch.float16, torch.bfloat16):
-        return False
-    there = torch.finfo(dtype)
-    return (
-        format.unit_roundoff >= there.eps / 2
-        and format.largest <= there.max
-        and format.smallest_subnormal >= there.smallest_normal * there.eps
-    )
+    settings = {"rounding": rule.rounding, "key": own, "dim": dim, "overflow": overflow, "backend": backend}
+    return partial(quantize, format=rule.format, **settings)
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Scheme:
     seed: int = 0  # of the stochastic rounding's noise
     overflow: Overflow = Overflow.SATURATE
     backend: str = "auto"
-    rounding: Rounding = Rounding.NEAREST  # of the sites that quantize_optimizer adds, where they name none
+    rounding: Rounding | FewBits = Rounding.NEAREST  # of the sites that quantize_optimizer adds, where they name none
 
     def __post_init__(self) -> None:
         unknown = set(self.rules) - set(SITES)
@@ -141,19 +152,29 @@ class Quantizer:
     def __init__(self, rule: Rule, key: Key, clock: Clock, overflow: Overflow, backend: str) -> None:
         self.rule, self.key, self.clock, self.overflow, self.backend = rule, key, clock, overflow, backend
 
-    def __call__(self, x: Tensor, call: int = 0, step: int | None = None) -> Tensor:
-        """`call` tells apart several roundings between two optimizer steps; `step` is the clock's unless given."""
+    def __call__(
+        self, x: Tensor, call: int = 0, step: int | None = None, dim: int | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """`call` tells apart several roundings between two optimizer steps; `step` is the clock's unless given.
+
+        dim: along which blocks run; unless given, a parameter's second dimension, its inputs, or its only one.
+        """
         key = None
-        if self.rule.rounding is Rounding.STOCHASTIC:
+        if is_random(self.rule.rounding):
             key = self.key.fold(self.clock.step if step is None else step).fold(call)
-        return quantize(x, self.rule.format, self.rule.rounding, key, overflow=self.overflow, backend=self.backend)
+        dim = min(1, x.ndim - 1) if dim is None else dim
+        settings = {"dim": dim, "overflow": self.overflow, "backend": self.backend, "out": out}
+        return quantize(x, self.rule.format, self.rule.rounding, key, **settings)
 
     def beyond(self, x: Tensor) -> Tensor:
         """bool (): whether `x` holds a value that the format does not reach, or a NaN."""
-        return ~(x.abs() <= self.rule.format.largest).all()
+        format = self.rule.format
+        if isinstance(format, BlockFormat):  # a scale reaches everything finite
+            return ~x.isfinite().all()
+        return ~((x <= format.largest) & (x >= format.lowest)).all()
 
 
-Spec = Rule | Format | str
+Spec = Rule | Format | BlockFormat | str
 
 
 def quantize_model(
@@ -164,7 +185,7 @@ def quantize_model(
     activations: Spec | None = None,
     errors: Spec | None = None,
     accumulator: Spec | None = None,
-    rounding: Rounding | str = Rounding.NEAREST,
+    rounding: Rounding | FewBits | str = Rounding.NEAREST,
     seed: int = 0,
     layers: Iterable[str] | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
@@ -185,12 +206,12 @@ def quantize_model(
     rules = _rules(sites | {"accumulator": accumulator}, rounding)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: given {seed!r}, allowed: a whole number >= 0")
-    if backend != "auto" and backend not in ENGINES:
-        raise ValueError(f"backend: given {backend!r}, allowed: auto, {', '.join(ENGINES)}")
+    engines.check(backend)
     plain = _unwrapped(model)
     low = getattr(plain, "low_precision", None)
     if not isinstance(low, LowPrecision):
-        LowPrecision(plain, Scheme(rules, seed, Overflow(overflow), backend, Rounding(rounding)), layers)
+        rounding = rounding_named(rounding) if isinstance(rounding, str) else rounding
+        LowPrecision(plain, Scheme(rules, seed, Overflow(overflow), backend, rounding), layers)
     elif rules or layers is not None:
         raise ValueError("this model is rounded already: start from a new one, or give no site to take in new layers")
     else:
@@ -204,7 +225,7 @@ def quantize_optimizer(
     *,
     gradients: Spec | None = None,
     momentum: Spec | None = None,
-    rounding: Rounding | str | None = None,
+    rounding: Rounding | FewBits | str | None = None,
     loss_scale: float | str = 1.0,
 ) -> torch.optim.Optimizer:
     """Round what `optimizer` does to a model of `quantize_model`: the same optimizer, in place.
@@ -227,7 +248,7 @@ def quantize_optimizer(
     return low.attach(optimizer, loss_scale, replace(low.scheme, rules=low.scheme.rules | rules))
 
 
-def _rules(specs: dict[str, Spec | None], rounding: Rounding | str) -> dict[str, Rule]:
+def _rules(specs: dict[str, Spec | None], rounding: Rounding | FewBits | str) -> dict[str, Rule]:
     rules = {}
     for site, spec in specs.items():
         try:

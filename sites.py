@@ -8,6 +8,8 @@ state_dict. What rounds a tensor comes from a quant.Scheme: no engine is known h
 from __future__ import annotations
 
 import fnmatch
+import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +27,17 @@ LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at those; the others are at parameters
 
 
+def untraced(function: Callable) -> Callable:
+    """torch.compiler.disable(function), which imports torch's compiler: here, only where it is at work."""
+    disabled = torch._disable_dynamo(function)  # imports at its first call
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
+
+    return call
+
+
 class Round(torch.autograd.Function):
     """Rounds a tensor on the way forward and its gradient on the way back; None leaves that way alone."""
 
@@ -37,7 +50,7 @@ class Round(torch.autograd.Function):
         ctx.round = inputs[2]
 
     @staticmethod
-    @torch.compiler.disable
+    @untraced
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.round(gradient) if ctx.round else gradient), None, None
 
@@ -76,6 +89,8 @@ class LayerRounding(nn.Module):
     def __init__(self, scheme: Any, rules: dict[str, Rule], name: str, clock: Clock, layer: nn.Module) -> None:
         super().__init__()
         self._rules, self._name, self._around_layer = rules, name, isinstance(layer, LAYER_TYPES)
+        # Along which dimension of an input or output blocks run: features, or channels of images with or without batch.
+        self._dim = -1 - len(getattr(layer, "kernel_size", ()))
         self.inputs = scheme.quantizer("inputs", name, clock)
         self.activations = scheme.quantizer("activations", name, clock)
         self.input_errors = scheme.quantizer("errors", f"{name}.input", clock)
@@ -91,7 +106,7 @@ class LayerRounding(nn.Module):
         return ", ".join(f"{site}={rule}" for site, rule in self.shown().items())
 
     # Not traced by torch.compile, to which step and call are constants: it would compile anew for each of them.
-    @torch.compiler.disable
+    @untraced
     def before(self, layer: nn.Module, arguments: tuple, named: dict) -> tuple:
         """The layer's forward pre-hook: rounds what it reads."""
         x = arguments[0] if arguments else named["input"]
@@ -100,7 +115,7 @@ class LayerRounding(nn.Module):
         x = self._around(x, self.inputs, self.input_errors, replica)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
 
-    @torch.compiler.disable
+    @untraced
     def after(self, layer: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         """The layer's forward hook: rounds what it gives."""
         y = self._around(output, self.activations, self.output_errors, _replica(layer, output))
@@ -115,9 +130,9 @@ class LayerRounding(nn.Module):
         def round_error(gradient: Tensor) -> Tensor:
             if self.clock.watch:
                 self.clock.note(backward.beyond(gradient))
-            return backward(gradient, call)
+            return backward(gradient, call, dim=self._dim)
 
-        return Round.apply(x, forward and (lambda y: forward(y, call)), backward and round_error)
+        return Round.apply(x, forward and (lambda y: forward(y, call, dim=self._dim)), backward and round_error)
 
 
 def _replica(layer: nn.Module, x: Tensor) -> int:
@@ -166,7 +181,8 @@ class LowPrecision:
                 raise ValueError(f"module {name or 'model'} is rounded already: start from a new model")
         if getattr(self.model, "low_precision", self) is not self:
             raise ValueError("this model is rounded already, or has a low_precision of its own: start from a new model")
-        torch.compiler.reset()  # what is compiled already would not see hooks that come now
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what is compiled already would not see hooks that come now
         for parameter in [p for p in self._names if p not in there]:
             del self._names[parameter]
             self._weights.drop(parameter)
@@ -257,11 +273,11 @@ class LowPrecision:
         module.add_module("rounding", made)
         return made
 
-    @torch.compiler.disable
+    @untraced
     def _before_model(self, model: nn.Module, arguments: tuple) -> None:
         self.check()
 
-    @torch.compiler.disable
+    @untraced
     def _settle(self, module: nn.Module, arguments: tuple) -> None:
         """Weights that were written since the last step, or moved by an optimizer that knows nothing of us."""
         self._weights.settle(module._parameters.values())

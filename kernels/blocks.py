@@ -33,9 +33,7 @@ def rows(x: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
 
 def restore(blocks: Tensor, like: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
     """The tensor of which these are the rows, with the shape and the layout of `like`."""
-    if like.ndim == 0 or fmt.block == "tensor" or (fmt.block == "column" and like.ndim < 2):
-        line = blocks.reshape(like.shape)
-    elif fmt.block == "row":
+    if like.ndim == 0 or fmt.block in ("tensor", "row") or (fmt.block == "column" and like.ndim < 2):
         line = blocks.reshape(like.shape)
     elif fmt.block == "column":
         line = blocks.reshape(like.movedim(1, 0).shape).movedim(0, 1)

@@ -383,8 +383,8 @@ def channels_last(mode: int, infinity: bool):
 
 @cache
 def blocks(mode: int):
-    """kernel(source, target, first, last, length, keys ..., parameters) -> int64: as `flat`, for blocks first .. last - 1
-    of `length` numbers each, which share a power of two as scale (formats.BlockFormat).
+    """kernel(source, target, first, last, length, keys ..., parameters) -> int64: as `flat`, for blocks of `length`
+    numbers, from number `first` to before `last`, that have a power of two as scale (formats.BlockFormat).
 
     Returns whether there was a block so close to float32's smallest numbers that it must be left to another engine;
     `target` is then of no use.

@@ -74,9 +74,7 @@ def quantize(
     return result if out is None else out.copy_(result)
 
 
-def _quantize_blocks(
-    x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, key: Key | None, dim: int
-) -> Tensor:
+def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, key: Key | None, dim: int) -> Tensor:
     """In float64, where division by a scale of a power of two and multiplication by any scale are exact.
 
     Elements count in the order of blocks.rows, the filling at a line's end included.
@@ -88,9 +86,7 @@ def _quantize_blocks(
     return blocks.restore((rounded * scales).to(x.dtype), x, fmt, dim)
 
 
-def _round(
-    flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None
-) -> Tensor:
+def _round(flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None) -> Tensor:
     """flat: float32 or float64, contiguous (n,) -> new tensor, same."""
     carrier = _DOUBLE if flat.dtype == torch.float64 else _SINGLE
     rounded = torch.empty_like(flat)

@@ -60,7 +60,9 @@ def test_names():
     assert [str(r) for r in (*Rounding, FewBits(2)) if is_random(r)] == ["stochastic", "stochastic:2"]
 
 
-@pytest.mark.parametrize("name", ["stochastic:0", "stochastic:24", "stochastic:8:", "stochastic:8:quarter", "stochastic:", "x"])
+@pytest.mark.parametrize(
+    "name", ["stochastic:0", "stochastic:24", "stochastic:8:", "stochastic:8:quarter", "stochastic:", "x"]
+)
 def test_unknown_names(name):
     with pytest.raises(ValueError, match=r"allowed: nearest, .*stochastic:R"):
         rounding_named(name)

@@ -69,7 +69,7 @@ def test_far_values_follow_the_words():
     assert not any(up(zeros) for zeros in range(there + 1, 40))
 
 
-def test_more_zeros_than_a_word_holds():
+def test_more_zeros_than_a_word_holds(monkeypatch):
     """drop - 24 > 32: the second further word decides, where the first one is zero. Found by making words ourselves."""
     rounded = torch.ones(2, dtype=torch.int32)
     word = torch.zeros(2, dtype=torch.int32)
@@ -77,16 +77,12 @@ def test_more_zeros_than_a_word_holds():
     drop = torch.tensor([33, 93], dtype=torch.int32)
     calls = []
 
-    def zeros_then_one(index, halves):
+    def zeros_then_one(index, parts):
         calls.append(len(index))
         return torch.zeros_like(index) if len(calls) < 3 else torch.full_like(index, 1 << 10)
 
-    original = kernels.eager.hash_words
-    kernels.eager.hash_words = zeros_then_one
-    try:
-        kernels.eager._round_far(rounded, word, significand, drop, Key(1), 0)
-    finally:
-        kernels.eager.hash_words = original
+    monkeypatch.setattr(kernels.eager, "hash_words", zeros_then_one)
+    kernels.eager._round_deep(rounded, word, significand, drop, kernels.eager._SINGLE, Key(1), 0)
     # drop 33: 9 zero bits, in the first word. drop 93: 69 zero bits, two words and 5 bits of the third, all zero.
     assert calls == [2, 1, 1]
     assert rounded.tolist() == [1, 1]

@@ -1,0 +1,99 @@
+"""Which engine rounds a tensor. Another engine is one file in kernels/ with a function `quantize`, and an entry here.
+
+All but qtorch give the same bits, so nothing but the time depends on the choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from formats import FLOAT32, BlockFormat, FewBits, Format, Overflow, Rounding
+from kernels.noise import Key
+
+ENGINES = {"eager": "kernels.eager", "fused": "kernels.fused", "qtorch": "kernels.qtorch"}
+
+# "auto" on the CPU: the fused engine takes a second to load, so it is loaded once the eager one has taken as long. The
+# times of an eager call (bench/quantize.py): what it costs beside, and per element.
+LOAD_SECONDS, CALL_SECONDS, ELEMENT_SECONDS = 1.0, 3e-5, 5e-9
+_spent = 0.0  # by the eager engine, under "auto"
+
+
+def check(backend: str) -> None:
+    """ValueError for a name that is not allowed."""
+    if backend != "auto" and backend not in ENGINES:
+        raise ValueError(f"backend: given {backend!r}, allowed: auto, {', '.join(ENGINES)}")
+
+
+def quantize(
+    x: Tensor,
+    format: Format | BlockFormat,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    dim: int,
+    out: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """quant.quantize, its arguments checked, but for `backend`."""
+    check(backend)
+    if x.numel() == 0 or (format == FLOAT32 and x.dtype != torch.float64):
+        return x.clone() if out is None else out.copy_(x)
+    if backend == "qtorch":
+        from kernels import qtorch
+
+        result = qtorch.quantize(x.float(), format, rounding, overflow).to(x.dtype)
+        return result if out is None else out.copy_(result)
+    return _engine(x, backend).quantize(x, format, rounding, overflow, key, dim, out)
+
+
+def _engine(x: Tensor, backend: str) -> ModuleType:
+    global _spent
+    if backend == "eager":
+        return _load("kernels.eager")
+    if x.device.type == "cpu":
+        if backend == "fused":
+            return _load("kernels.fused")
+        if _spent >= LOAD_SECONDS:
+            return _or_eager("kernels.fused")
+        _spent += CALL_SECONDS + ELEMENT_SECONDS * x.numel()
+        return _load("kernels.eager")
+    if x.device.type == "cuda":
+        return _or_eager("kernels.cuda") if backend == "auto" else _load("kernels.cuda")
+    return _load("kernels.eager")
+
+
+_load = functools.cache(importlib.import_module)
+
+
+@functools.cache
+def _or_eager(name: str) -> ModuleType:
+    """That engine, or with a warning, once, the eager one where it does not load."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # an incomplete or broken installation can raise anything
+        warnings.warn(f"{name} does not load ({error}); rounding with the slower eager engine", stacklevel=2)
+        return _load("kernels.eager")
+
+
+def holds(dtype: torch.dtype, format: Format | BlockFormat) -> bool:
+    """Whether numbers of that floating-point type become numbers of the same type when they are rounded to `format`.
+
+    A value of the type lies on the format's grid, or its neighbours there have no more digits than itself. So what
+    matters is the largest value, in a block as large as its scale: it must be one of the type's, or out of its reach.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return True
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    there = torch.finfo(dtype)
+    if isinstance(format, BlockFormat):
+        return format.scale is None or dtype == torch.bfloat16  # a scale of NVFP4 may be larger than its block's needs
+    within = format.largest <= there.max
+    exact = all(float(torch.tensor(v).to(dtype)) == v for v in (format.largest, format.lowest))
+    return exact if within else 2.0**-format.mantissa_bits <= there.eps
