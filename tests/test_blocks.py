@@ -197,6 +197,7 @@ def test_nvfp4_against_exact_arithmetic(rounding):
 @pytest.mark.parametrize("name", [*BLOCKS, "bfp8", "bfp8_row", "bfp8_column"])
 def test_special_values_in_blocks(name):
     x = torch.from_numpy(random(3, 64))
+    x[1, 3:5] = 0.0
     expected = quantize(x, name)
     x[1, 3] = math.nan
     x[1, 4] = -0.0
@@ -205,15 +206,14 @@ def test_special_values_in_blocks(name):
     assert found[1, 4] == 0
     others = torch.ones_like(x, dtype=torch.bool)
     others[1, 3:5] = False
-    if expected[1, 3:5].abs().max() < x[1].nan_to_num().abs().max() / 4:  # neither was its block's largest
-        assert torch.equal(found[others], expected[others])
+    assert torch.equal(found[others], expected[others])
     x[1, 5] = -math.inf
     saturated = quantize(x, name)
     assert saturated[1, 5] < -1e38
     assert saturated[1, 5].isfinite()
     assert quantize(torch.zeros(2, 40), name).abs().sum() == 0
     assert quantize(torch.zeros(0, 40), name).shape == (0, 40)
-    assert quantize(torch.tensor(1.0), name) == 1
+    assert float(quantize(torch.tensor(1.0), name)) == pytest.approx(1.0, rel=1 / 16)  # nvfp4: its scale is rounded
     with pytest.raises(ValueError, match="infinity"):
         quantize(x, name, overflow="infinity")
 

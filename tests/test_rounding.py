@@ -166,6 +166,17 @@ def gfloat_ieee(name: str) -> gfloat.FormatInfo:
     )
 
 
+@pytest.mark.parametrize("name", ["e2m0", "e3m0", "e8m0"])
+def test_without_a_mantissa_ties_go_to_the_even_code(name):
+    """Half of the smallest value among them, which goes to zero."""
+    fmt, info = format_named(name), gfloat_ieee(name)
+    ties = np.float32([fmt.smallest_subnormal * by for by in (0.5, 1.5, 3.0, 6.0, 12.0)])
+    x = np.concatenate([ties, -ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e38))])
+    theirs = np.float32([gfloat.round_float(info, float(v), gfloat.RoundMode.TiesToEven, True) for v in x])
+    ours = rounded(x, fmt)
+    assert oracles.same_bits(ours, theirs).all(), disagreement(x, ours, theirs)
+
+
 @pytest.mark.parametrize("rounding", DIRECTED)
 @pytest.mark.parametrize("name", ANY)
 def test_any_width_against_gfloat(name, rounding):
