@@ -99,7 +99,9 @@ def _fetch(data_dir: Path, archive: Archive, progress: bool) -> list[Path]:
     from filelock import FileLock
 
     data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / f"{archive.name}.lock"):  # of runs that start together, one downloads and the others wait
+    lock = data_dir / f"{archive.name}.lock"
+    lock.touch()  # OSError where no file can be made; FileLock would try for ever in a folder like /proc
+    with FileLock(lock):  # of runs that start together, one downloads and the others wait
         paths, incomplete = _find(data_dir, archive)
         if paths:
             return paths

@@ -36,9 +36,16 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: str | os.PathLike) -> None:
+    """Add the file to an error that the system reports without one, as a write on a full disk."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _to_json(value, indent: int | None = None) -> str:
@@ -95,8 +102,9 @@ class Record:
         try:
             while line:  # a disk that takes only a part of it says why when asked to take the rest
                 line = line[self._metrics.write(line) :]
-        except BaseException:
+        except BaseException as error:
             self._metrics.truncate(size)
+            _name(error, self._metrics.name)
             raise
 
     def checkpoint(self, state: dict) -> None:

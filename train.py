@@ -26,6 +26,7 @@ import track
 from config import Config, ConfigError
 from formats import Overflow
 from kernels.noise import Key
+from optim import lean
 from quant import LowPrecision, Scheme
 
 EVALUATION_ROWS = 1000  # at a time
@@ -181,9 +182,9 @@ def _device(name: str) -> torch.device:
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **settings)
+        return lean(torch.optim.SGD)(model.parameters(), momentum=config.momentum, **settings)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), **settings)
+    return lean(kind)(model.parameters(), **settings)
 
 
 def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:

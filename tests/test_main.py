@@ -228,64 +228,6 @@ def test_recipe_and_sites_reach_the_run(cli):
     assert ran.config["site"] == ["momentum=fp16:up"]
 
 
-# Failures on the way
-
-
-def has_failed(ran, *words):
-    """Exit status 1, one line on stderr with these words, no traceback."""
-    assert (ran.status, ran.out) == (1, "")
-    assert len(ran.err.splitlines()) == 1
-    assert [word for word in ("main.py: error: ", "--debug", *words) if word not in ran.err] == []
-
-
-@pytest.mark.parametrize("output", ["file", "file/below"])
-def test_an_output_folder_that_cannot_be(cli, tmp_path, output):
-    (tmp_path / "file").write_text("mine")
-    has_failed(cli("--output-dir", output), "file")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_an_output_folder_without_permission(cli, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    has_failed(cli("--output-dir", "locked/runs"), "locked")
-
-
-def test_debug_shows_where(cli, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        cli("--output-dir", "file", "--debug")
-
-
-def test_broken_data(cli, tmp_path):
-    write_cifar10(tmp_path)
-    (tmp_path / "data_batch_3.bin").write_bytes(b"short")
-    has_failed(cli("--dataset", "cifar10", "--data-dir", tmp_path), "data_batch_3.bin", "5 bytes")
-    (tmp_path / "data_batch_3.bin").unlink()
-    has_failed(cli("--dataset", "cifar10", "--data-dir", tmp_path), "missing data_batch_3.bin")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_failure_half_way_keeps_what_was_recorded(cli, tmp_path, monkeypatch):
-    write, epochs = track.Record.epoch, []
-
-    def fail_in_the_third(record, metrics):
-        epochs.append(metrics)
-        if len(epochs) == 3:
-            raise OSError(28, "No space left\non device")
-        write(record, metrics)
-
-    monkeypatch.setattr(track.Record, "epoch", fail_in_the_third)
-    ran = cli("--epochs", 10)
-    assert (ran.status, ran.out) == (1, "")
-    assert ran.err.splitlines()[-1].startswith("main.py: error: [Errno 28] No space left on device")
-    assert "Traceback" not in ran.err
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
-    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-
-
 # Interruptions
 
 
