@@ -23,6 +23,7 @@ import data
 import models
 import quant
 import track
+import wandb_run
 from config import Config, ConfigError
 from formats import Overflow
 from kernels.noise import Key
@@ -82,7 +83,7 @@ def run(config: Config, command: str | None = None) -> Result:
     schedule = _schedule(config, plain, config.epochs * steps)
 
     record = track.Record(config.output_dir, config.folder_name, asdict(config))
-    wandb = track.Wandb(
+    wandb = wandb_run.Wandb(
         config.wandb,
         config.wandb_project,
         config.wandb_entity,
