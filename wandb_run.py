@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import secrets
 import shlex
 import shutil
@@ -34,10 +35,21 @@ class Wandb:
     Nothing here raises because of wandb, asks a question or waits for a network, `finish` for some seconds excepted.
     What could not be sent is in an offline run in the end, with every step. If the training is killed, the run is
     closed as failed, with what was logged until then. "disabled" starts nothing and imports nothing.
+
+    run_id: that of a run to continue, the `id` of an earlier Wandb. Log its earlier steps again: online, the server
+    leaves out those that it has; offline, the new folder then replaces the earlier one, and is the whole run.
     """
 
     def __init__(
-        self, mode: str, project: str | None, entity: str | None, name: str, group: str | None, config: dict, directory
+        self,
+        mode: str,
+        project: str | None,
+        entity: str | None,
+        name: str,
+        group: str | None,
+        config: dict,
+        directory,
+        run_id: str | None = None,
     ):
         env = os.environ.get
         self._lines: list[str] = []
@@ -48,10 +60,14 @@ class Wandb:
             if mode not in MODES:
                 self._warn(f"WANDB_MODE is {mode!r}, not one of {', '.join(MODES)}; using offline")
                 mode = "offline"
+        # Given, so that it is one run should it take two processes. It comes from a file, and finds folders to delete.
+        continued = run_id is not None and re.fullmatch("[0-9a-f]{8}", run_id)
+        self._own_id = run_id if continued else secrets.token_hex(4)
+        self.id = env("WANDB_RUN_ID") or self._own_id
         if mode == "disabled":
             return
-        self._own_id = secrets.token_hex(4)  # given, so that it is one run should it take two processes
-        run = {"name": name, "group": group, "config": config, "id": env("WANDB_RUN_ID") or self._own_id}
+        run = {"name": name, "group": group, "config": config, "id": self.id}
+        run["resume"] = "allow" if run_id else None
         run["project"] = project or env("WANDB_PROJECT") or "low-precision-ml"
         run["entity"] = entity or env("WANDB_ENTITY") or None
         run["dir"] = os.path.abspath(env("WANDB_DIR") or directory)
@@ -83,7 +99,8 @@ class Wandb:
             self._lines.append(f"wandb: {replies['url'] or f'offline run, to upload it: {sync}'}")
             if "late" in replies:
                 self._warn(f"the server did not take everything in {FINISH_SECONDS} s; to upload the rest: {sync}")
-            for half in Path(folder).parent.glob(f"*run-*-{self._own_id}*"):  # begun by a first process that failed
+            # Of a process that failed, or of the run before it was resumed: all of it is in the new folder.
+            for half in Path(folder).parent.glob(f"*run-*-{self._own_id}*"):
                 if str(half) != folder:
                     shutil.rmtree(half, ignore_errors=True)
         return list(dict.fromkeys(self._lines))
@@ -180,6 +197,8 @@ def _record(asked: str, start: dict, next_message, answer) -> None:
                 answer(warning=str(error))
     settings = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
     settings |= {"console": "off", "x_stats_pid": start["pid"]}  # the process whose memory and load wandb plots
+    if mode == "offline":
+        del start["run"]["resume"]  # which offline means nothing
     run = wandb.init(**start["run"], mode=mode, settings=settings)
     folder = os.path.dirname(run.dir)
     answer(folder=folder, url=None if mode == "offline" else run.url)
