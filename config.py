@@ -267,7 +267,7 @@ class Config:
         names = [name for name in ours if ours[name] != theirs[name]]
         if "rules" in names:
             names += [name for name in RULES_FIELDS if getattr(self, name) != getattr(other, name)]
-        told = [f.name for f in fields(self) if f.name in names]
+        told = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
         return [f"{flag(name)} {_given(getattr(self, name))}, not {_given(getattr(other, name))}" for name in told]
 
     def _decisive(self) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def report(result: Any) -> str:
 def _offer(config: Config) -> None:
     """A line about an unfinished run of this configuration."""
     for folder, epochs in track.unfinished(config.output_dir, config.folder_name)[:1]:
+        if not epochs:
+            return
         done = f"{epochs} of {config.epochs} epochs are in {folder}"
         command = f"python main.py --resume {shlex.quote(str(folder))}"
         print(f"unfinished before: {done}; to go on with it: {command}; this starts anew", file=sys.stderr)

@@ -83,16 +83,25 @@ def status(folder: Path) -> str | None:
 
 
 def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int]]:
-    """The records of that name that --resume can go on with, and their epochs: the furthest first."""
+    """The records of that name that --resume can go on with, and their epochs: the furthest first.
+
+    Without the epochs, and last, those that have no checkpoint yet and begin anew.
+    """
     found = []
     for folder in [Path(output_dir) / name, *_siblings(Path(output_dir) / name, "partial")]:
-        if folder.name == name and status(folder) in REPLACING:
+        if (folder.name == name and status(folder) in REPLACING) or not (folder / "config.json").is_file():
             continue
-        if not any((folder / checkpoint).is_file() for checkpoint in CHECKPOINTS):
+        epochs = 0
+        try:
+            with open(folder / "metrics.jsonl", "r+b") as file:
+                _lock(file)
+                if any((folder / checkpoint).is_file() for checkpoint in CHECKPOINTS):
+                    epochs = read(folder / "metrics.jsonl").count(b"\n")
+        except FileNotFoundError:  # killed at its very beginning
+            pass
+        except OSError:  # in use, or nothing to write to
             continue
-        with contextlib.suppress(OSError), open(folder / "metrics.jsonl", "r+b") as file:
-            _lock(file)
-            found.append((folder, read(folder / "metrics.jsonl").count(b"\n")))
+        found.append((folder, epochs))
     return sorted(found, key=lambda one: -one[1])
 
 
