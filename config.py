@@ -9,16 +9,17 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
+import kinds
 from data import DATASETS
-from formats import FLOAT32, FORMAT_NAMES, SITES, Overflow, Rounding, Rule, format_named, rule_of
+from formats import FLOAT32, SITES, BlockFormat, Overflow, Rounding, Rule, format_named, is_random, rounding_named
+from kinds import ALL_SITES, Kind
 
 MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
 IMAGE_MODELS = ("cnn", "resnet20")
-ALL_SITES = tuple(site for site in SITES if site != "accumulator")
 
 # Named sets of settings; explicit flags win over them.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -40,107 +41,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Where a run is recorded, tracked or computed: another run all the same is the same run.
+INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
+RULES_FIELDS = ("precision", "rounding", "quantize", "site")  # what decides of them is in Config.rules
+
+
 class ConfigError(ValueError):
     """A setting that is not allowed: one line that names the flag, what was given and what is allowed."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a setting may be. `convert` takes a flag's text or a value, gives the value or raises ValueError."""
-
-    allowed: str
-    convert: Callable[[Any], Any]
-
-
-def _whole(low: int, high: int | None = None) -> Kind:
-    def convert(value: Any) -> int:
-        number = int(value) if isinstance(value, str) else value
-        if isinstance(number, bool) or not isinstance(number, int) or number < low or (high and number > high):
-            raise ValueError
-        return number
-
-    return Kind(f"a whole number >= {low}" if high is None else f"a whole number, {low} .. {high}", convert)
-
-
-def _number(allowed: str, inside: Callable[[float], bool]) -> Kind:
-    def convert(value: Any) -> float:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if not (math.isfinite(number) and inside(number)):
-            raise ValueError
-        return number
-
-    return Kind(allowed, convert)
-
-
-def _one_of(*names: str) -> Kind:
-    def convert(value: Any) -> str:
-        if value not in names:
-            raise ValueError
-        return value
-
-    return Kind(", ".join(names), convert)
-
-
-def _or_none(kind: Kind) -> Kind:
-    return Kind(kind.allowed, lambda value: None if value is None else kind.convert(value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
-
-
-def _format(value: Any) -> str:
-    return format_named(_text(value)).name
-
-
-def _loss_scale(value: Any) -> float | str:
-    return value if value == "dynamic" else _FACTOR.convert(value)
-
-
-def _sites(value: Any) -> tuple[str, ...]:
-    """The chosen sites in the order of SITES, from "all", "none", "weights,errors" or a sequence of names."""
-    if value in ("all", "none"):
-        return ALL_SITES if value == "all" else ()
-    chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-    if not set(chosen) <= set(SITES) or len(set(chosen)) < len(chosen):
-        raise ValueError
-    return tuple(site for site in SITES if site in chosen)
-
-
-def _overrides(value: Any) -> tuple[str, ...]:
-    """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    sites = [_override(text, Rounding.NEAREST)[0] for text in texts]
-    if len(set(sites)) < len(sites):
-        raise ValueError
-    return texts
-
-
-def _override(text: str, rounding: Rounding | str) -> tuple[str, Rule]:
-    site, equals, how = text.partition("=")
-    if site not in SITES or not equals:
-        raise ValueError
-    return site, rule_of(how, rounding)
-
-
-def _patterns(value: Any) -> tuple[str, ...]:
-    patterns = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise ValueError
-    return patterns
-
-
-ROUNDINGS = tuple(rounding.value for rounding in Rounding)
-_SEED = _whole(0, 2**32 - 1)
-# Up to 1e30: float32 ends at 3.4e38, and beyond it torch fails instead of diverging.
-_POSITIVE = _number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
-_NOT_NEGATIVE = _number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
-_FACTOR = _number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
-_FORMAT = Kind(FORMAT_NAMES, _format)
 
 
 def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: str | None = None) -> Any:
@@ -152,89 +59,108 @@ def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: s
 class Config:
     """One run. The constructor takes values; `make` takes flags' texts too. ConfigError for what is not allowed."""
 
-    dataset: str = _setting("toy", "data", _one_of(*DATASETS), "data set")
+    dataset: str = _setting("toy", "data", kinds.one_of(*DATASETS), "data set")
     test_split: float = _setting(
         0.2,
         "data",
-        _number("a fraction, 0 < f < 1; cifar10 has its own split", lambda f: 0 < f < 1),
+        kinds.number("a fraction, 0 < f < 1; cifar10 has its own split", lambda f: 0 < f < 1),
         "share of the rows kept for testing",
     )
-    scale_on: str = _setting("train", "data", _one_of("train", "all"), "rows on which the scalers are fitted")
+    scale_on: str = _setting("train", "data", kinds.one_of("train", "all"), "rows on which the scalers are fitted")
     data_dir: str | None = _setting(
         None,
         "data",
-        _or_none(Kind("a folder", _text)),
+        kinds.or_none(Kind("a folder", kinds.text)),
         "where downloads are kept, or already lie",
         default_text="the user's cache folder",
     )
     model: str | None = _setting(
         None,
         "training",
-        _or_none(_one_of(*MODELS)),
+        kinds.or_none(kinds.one_of(*MODELS)),
         "model; cnn and resnet20 need images",
         default_text="the data set's own",
     )
-    epochs: int = _setting(2, "training", _whole(0), "passes over the training rows")
-    batch_size: int = _setting(256, "training", _whole(1), "rows in a step")
-    optimizer: str = _setting("sgd", "training", _one_of("sgd", "adam", "adamw"), "optimizer")
-    learning_rate: float = _setting(0.01, "training", _POSITIVE, "learning rate; its peak, where there is a schedule")
-    momentum: float = _setting(0.0, "training", _NOT_NEGATIVE, "momentum of sgd")
-    weight_decay: float = _setting(0.0, "training", _NOT_NEGATIVE, "weight decay, as the optimizer defines it")
-    schedule: str = _setting(
-        "constant", "training", _one_of("constant", "cosine", "onecycle"), "learning rate over the steps of the run"
+    epochs: int = _setting(2, "training", kinds.whole(0), "passes over the training rows")
+    batch_size: int = _setting(256, "training", kinds.whole(1), "rows in a step")
+    optimizer: str = _setting("sgd", "training", kinds.one_of("sgd", "adam", "adamw"), "optimizer")
+    learning_rate: float = _setting(
+        0.01, "training", kinds.POSITIVE, "learning rate; its peak, where there is a schedule"
     )
-    seed: int = _setting(42, "training", _SEED, "split, initial weights, order of the rows, and rounding noise")
-    device: str = _setting("auto", "training", _one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there")
-    precision: str = _setting("float32", "rounding", _FORMAT, "number format of the rounded sites")
-    rounding: str = _setting("nearest", "rounding", _one_of(*ROUNDINGS), "rounding of the rounded sites")
+    momentum: float = _setting(0.0, "training", kinds.NOT_NEGATIVE, "momentum of sgd")
+    weight_decay: float = _setting(0.0, "training", kinds.NOT_NEGATIVE, "weight decay, as the optimizer defines it")
+    schedule: str = _setting(
+        "constant",
+        "training",
+        kinds.one_of("constant", "cosine", "onecycle"),
+        "learning rate over the steps of the run",
+    )
+    seed: int = _setting(42, "training", kinds.SEED, "split, initial weights, order of the rows, and rounding noise")
+    device: str = _setting(
+        "auto", "training", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there"
+    )
+    precision: str = _setting("float32", "rounding", kinds.FORMAT, "number format of the rounded sites")
+    rounding: str = _setting("nearest", "rounding", kinds.ROUNDING, "rounding of the rounded sites")
     quantize: tuple[str, ...] = _setting(
         ALL_SITES,
         "rounding",
-        Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", _sites),
+        Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", kinds.sites),
         "the sites that are rounded; all is every one but accumulator",
         default_text="all",
     )
     site: tuple[str, ...] = _setting(
         (),
         "rounding",
-        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {', '.join(SITES)}", _overrides),
+        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {', '.join(SITES)}", kinds.overrides),
         "a site in a format of its own, e.g. accumulator=float16:stochastic; repeatable",
         default_text="none",
     )
     layers: tuple[str, ...] | None = _setting(
         None,
         "rounding",
-        _or_none(Kind("comma-separated name patterns, e.g. 'stage1.*,fc'", _patterns)),
+        kinds.or_none(Kind("comma-separated name patterns, e.g. 'stage1.*,fc'", kinds.patterns)),
         "round only the modules with these names",
         default_text="every module",
     )
     rounding_seed: int | None = _setting(
-        None, "rounding", _or_none(_SEED), "noise of stochastic rounding alone", default_text="the seed"
+        None, "rounding", kinds.or_none(kinds.SEED), "noise of stochastic rounding alone", default_text="the seed"
     )
     overflow: str = _setting(
-        "saturate", "rounding", _one_of(*(o.value for o in Overflow)), "beyond the largest value; infinity: where it is"
+        "saturate",
+        "rounding",
+        kinds.one_of(*(o.value for o in Overflow)),
+        "beyond the largest value; infinity: where it is",
     )
     loss_scale: float | str = _setting(
         1.0,
         "rounding",
-        Kind(f"{_FACTOR.allowed}, or dynamic", _loss_scale),
+        Kind(f"{kinds.FACTOR.allowed}, or dynamic", kinds.loss_scale),
         "factor on the loss, divided out of the gradients",
     )
     backend: str = _setting(
-        "auto", "rounding", _one_of("auto", "eager", "qtorch"), "rounding engine; qtorch runs qtorch itself"
+        "auto",
+        "rounding",
+        kinds.one_of("auto", "eager", "fused", "qtorch"),
+        "rounding engine; qtorch runs qtorch itself",
     )
-    output_dir: str = _setting("runs", "records", Kind("a folder", _text), "where records go")
+    output_dir: str = _setting("runs", "records", Kind("a folder", kinds.text), "where records go")
+    checkpoint_every: str = _setting(
+        "1m",
+        "records",
+        Kind("a number of epochs (5), or a time (90s, 10m, 2h)", kinds.interval),
+        "how often a checkpoint is written, beside the one at the end",
+    )
     wandb: str = _setting(
         "auto",
         "records",
-        _one_of("auto", "online", "offline", "disabled"),
+        kinds.one_of("auto", "online", "offline", "disabled"),
         "Weights & Biases; auto: WANDB_MODE, else online with an API key, else offline",
     )
     wandb_project: str | None = _setting(
-        None, "records", _or_none(Kind("a name", _text)), "wandb project", default_text="low-precision-ml"
+        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb project", default_text="low-precision-ml"
     )
     wandb_entity: str | None = _setting(
-        None, "records", _or_none(Kind("a name", _text)), "wandb entity", default_text="wandb's own setting"
+        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb entity", default_text="wandb's own setting"
     )
 
     def __post_init__(self) -> None:
@@ -266,12 +192,14 @@ class Config:
             self._check_qtorch(rules)
 
     def _check_qtorch(self, rules: dict[str, Rule]) -> None:
-        others = "auto, eager"
+        others = "auto, eager, fused"
         for site, rule in rules.items():
-            if rule.format.name not in ("float8", "float16", "float32"):
+            shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
+            fixed = not isinstance(rule.format, BlockFormat) and not rule.format.exponent_bits
+            if not (shared or fixed or rule.format.name in ("float8", "float16", "float32")):
                 raise _refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
-                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding.value})")
+                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
         if self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw":
             lacks = "no dynamic loss scale, no choice of layers, no adamw"
             raise _refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
@@ -312,9 +240,9 @@ class Config:
     def rules(self) -> dict[str, Rule]:
         """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
         base = format_named(self.precision)
-        found = {site: Rule(base, Rounding(self.rounding)) for site in self.quantize if base != FLOAT32}
+        found = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
         for text in self.site:
-            site, rule = _override(text, self.rounding)
+            site, rule = kinds.override(text, self.rounding)
             found[site] = rule
         # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
         return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s == "accumulator")}
@@ -322,7 +250,8 @@ class Config:
     @property
     def label(self) -> str:
         """DATASET-PRECISION-ROUNDING: the run's name but for its seed."""
-        return "-".join([self.dataset, self.precision, *([self.rounding] if self.precision != FLOAT32.name else [])])
+        rounding = self.rounding.replace(":", "-")  # no file system minds that
+        return "-".join([self.dataset, self.precision, *([rounding] if self.precision != FLOAT32.name else [])])
 
     @property
     def name(self) -> str:
@@ -338,15 +267,22 @@ class Config:
         """NAME-HASH, the hash of all that decides the result."""
         return f"{self.name}-{_digest(self._decisive())}"
 
+    def differences(self, other: Config) -> list[str]:
+        """The fields in which the two are different runs, each in one text: "--seed 42, not 43"."""
+        ours, theirs = self._decisive(), other._decisive()
+        names = [name for name in ours if ours[name] != theirs[name]]
+        if "rules" in names:
+            names += [name for name in RULES_FIELDS if getattr(self, name) != getattr(other, name)]
+        told = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
+        return [f"{flag(name)} {_given(getattr(self, name))}, not {_given(getattr(other, name))}" for name in told]
+
     def _decisive(self) -> dict[str, Any]:
-        """All that decides the result: not where it is recorded, tracked or run, nor what makes no difference."""
+        """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference."""
         rules = self.rules()
         own = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
-        for name in ("data_dir", "device", "output_dir", "wandb", "wandb_project", "wandb_entity"):
+        for name in (*INDECISIVE, *RULES_FIELDS):
             del own[name]
-        for name in ("precision", "rounding", "quantize", "site"):  # `rules` says it
-            del own[name]
-        stochastic = any(r.rounding is Rounding.STOCHASTIC and r.format != FLOAT32 for r in rules.values())
+        stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in rules.values())
         return own | {
             "rules": {site: str(rule) for site, rule in rules.items()},
             "model": self.model_name,
@@ -365,8 +301,11 @@ def _convert(f: Field, value: Any) -> Any:
 
 
 def _refused(name: str, value: Any, allowed: str) -> ConfigError:
-    given = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return ConfigError(f"{flag(name)}: given {shown(given)}, allowed: {allowed}")
+    return ConfigError(f"{flag(name)}: given {_given(value)}, allowed: {allowed}")
+
+
+def _given(value: Any) -> str:
+    return shown(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
 
 def shown(given: str) -> str:

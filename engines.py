@@ -60,12 +60,20 @@ def _engine(x: Tensor, backend: str) -> ModuleType:
         if backend == "fused":
             return _load("kernels.fused")
         if _spent >= LOAD_SECONDS:
-            return _or_eager("kernels.fused")
+            return _or_eager("kernels.fused")  # the bits are the same
         _spent += CALL_SECONDS + ELEMENT_SECONDS * x.numel()
         return _load("kernels.eager")
     if x.device.type == "cuda":
         return _or_eager("kernels.cuda") if backend == "auto" else _load("kernels.cuda")
     return _load("kernels.eager")
+
+
+def in_use(backend: str, device: torch.device) -> str:
+    """The name of the engine that rounds now, for the record."""
+    if backend != "auto":
+        return backend
+    name = "kernels.cuda" if device.type == "cuda" else "kernels.fused" if _spent >= LOAD_SECONDS else "kernels.eager"
+    return (name if name == "kernels.eager" else _or_eager(name).__name__).removeprefix("kernels.")
 
 
 _load = functools.cache(importlib.import_module)

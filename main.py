@@ -1,20 +1,23 @@
 """Train in low precision: `python main.py --dataset boston --precision float8`.
 
-Exit status: 0, a diverged run included; 1 for a failure on the way; 2 for a wrong argument; 130 and 143 when it is
-interrupted (Ctrl-C) or terminated.
+Exit status: 0, a diverged run included; 1 for a failure on the way; 2 for a wrong argument; 130, 143 and 129 when it is
+interrupted (Ctrl-C), terminated, or left by its terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import shlex
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import formats
+import track
 from config import RECIPES, Config, ConfigError, flag, shown, with_recipe
 
 GROUPS = {
@@ -25,6 +28,9 @@ GROUPS = {
 }
 
 
+RESUMABLE = "the folder of a record"
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
@@ -33,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         name, _, what = message.removeprefix("argument ").partition(": ")
         if what == "expected one argument":
             kinds = {flag(f.name): f.metadata["kind"].allowed for f in fields(Config)}
-            allowed = kinds.get(name, ", ".join(RECIPES))
+            allowed = (kinds | {"--recipe": ", ".join(RECIPES), "--resume": RESUMABLE})[name]
             raise ConfigError(f"{name}: given nothing, allowed: {allowed} ({name}=VALUE where VALUE begins with -)")
         raise ConfigError(f"{name}: {what.replace('ignored explicit argument', 'given')}, allowed: no value")
 
@@ -57,13 +63,19 @@ def parser() -> Parser:
     groups["rounding"].add_argument(
         "--recipe", metavar="RECIPE", help=f"a named set of flags; explicit ones win over it. {', '.join(RECIPES)}"
     )
+    groups["records"].add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="go on with the unfinished run recorded there; its settings come from there, and flags that would change"
+        f" its result are refused. {RESUMABLE}",
+    )
     made.add_argument("--list-formats", action="store_true", help="print the table of formats and exit")
     made.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return made
 
 
-def configure(argv: list[str]) -> tuple[Config | None, bool]:
-    """The run that the arguments ask for, None for the table of formats; and whether to show tracebacks."""
+def configure(argv: list[str]) -> tuple[Config | None, Path | None, bool]:
+    """The run that the arguments ask for, None for the table of formats; the record to resume; whether to debug."""
     made = parser()
     given, unknown = made.parse_known_args(argv)
     if unknown:
@@ -74,15 +86,47 @@ def configure(argv: list[str]) -> tuple[Config | None, bool]:
     settings: dict[str, Any] = vars(given)
     debug = settings.pop("debug", False)
     if settings.pop("list_formats", False):
-        return None, debug
-    recipe = settings.pop("recipe", None)
+        return None, None, debug
+    recipe, resume = settings.pop("recipe", None), settings.pop("resume", None)
     merged = with_recipe(recipe, settings)
     try:
-        return Config.make(**merged), debug
+        if resume is not None:
+            return *_to_resume(resume, merged), debug
+        return Config.make(**merged), None, debug
     except ConfigError as error:
         if str(error).partition(":")[0] in map(flag, merged.keys() - settings.keys()):
             raise ConfigError(f"{error}; --recipe {recipe} gives it") from None
         raise
+
+
+def _to_resume(given: str, settings: dict[str, Any]) -> tuple[Config, Path]:
+    """The run whose record `given` names, and the folder in which it lies.
+
+    settings: explicit ones, over the recorded ones; ConfigError for those that would change the result.
+    """
+    folder, refused = Path(given), f"--resume: given {shown(given)}, allowed: {RESUMABLE}"
+    if folder.is_symlink() or not folder.name:
+        folder = folder.resolve()
+    if not folder.is_dir():  # killed: it still has its name of while it ran
+        found = track.unfinished(folder.parent, folder.name)
+        if not found:
+            raise ConfigError(refused)
+        folder = found[0][0]
+    try:
+        recorded = Config.from_json(track.read(folder / "config.json").decode())
+    except FileNotFoundError:
+        raise ConfigError(f"{refused} (there is no config.json in {folder})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{refused} ({folder / 'config.json'}: {error})") from None
+    asked = Config.make(**asdict(recorded) | settings)
+    if differences := asked.differences(recorded):
+        own = "the run's own settings, and those that change no result"
+        raise ConfigError(f"--resume: given {folder} and {'; '.join(differences)}; allowed: {own}")
+    if "output_dir" in settings and os.path.abspath(asked.output_dir) != os.path.abspath(folder.parent):
+        raise ConfigError(
+            f"--output-dir: given {shown(asked.output_dir)}, allowed: {folder.parent}, where the record is"
+        )
+    return replace(asked, output_dir=str(folder.parent)), folder
 
 
 def report(result: Any) -> str:
@@ -101,6 +145,16 @@ def report(result: Any) -> str:
     return "\n".join([*lines, *result.notes])
 
 
+def _offer(config: Config) -> None:
+    """A line about an unfinished run of this configuration."""
+    for folder, epochs in track.unfinished(config.output_dir, config.folder_name)[:1]:
+        if not epochs:
+            return
+        done = f"{epochs} of {config.epochs} epochs are in {folder}"
+        command = f"python main.py --resume {shlex.quote(str(folder))}"
+        print(f"unfinished before: {done}; to go on with it: {command}; this starts anew", file=sys.stderr)
+
+
 def _terminate(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt(number)
 
@@ -108,27 +162,45 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a folder's name may be no text
     try:
-        config, debug = configure(argv)
+        config, resume, debug = configure(argv)
         if config is None:
             print(formats.table())
             return 0
-        signal.signal(signal.SIGTERM, _terminate)
+        if resume and resume.name == config.folder_name and (ended := track.status(resume)) in track.REPLACING:
+            print(f"{config.name}: {ended}, nothing is left to do\nrecord: {resume}")
+            return 0
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup
+                signal.signal(getattr(signal, name), _terminate)
+        if not resume:
+            _offer(config)
         import train  # torch: not before the arguments are right
 
-        print(report(train.run(config, command=shlex.join(["python", "main.py", *argv]))))
+        print(report(train.run(config, shlex.join(["python", "main.py", *argv]), resume)))
         return 0
     except ConfigError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        where, *others = getattr(stop, "__notes__", ["nothing is recorded yet"])
+        print("\n".join([*others, f"interrupted: {where}"]), file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
         if debug:
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        print(f"main.py: error: {said} (--debug shows where)", file=sys.stderr)
+        *others, said = _told(error)
+        print("\n".join([*others, f"main.py: error: {said} (--debug shows where)"]), file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> list[str]:
+    """What went wrong, as a last line, after what else there is to know."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    where, *others = getattr(error, "__notes__", [""])
+    return [*others, f"{said}; {where}" if where else said]
 
 
 if __name__ == "__main__":

@@ -5,33 +5,34 @@ from __future__ import annotations
 import math
 import os
 import platform
+import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+import checkpoint
+import console
 import data
+import engines
+import measure
 import models
-import quant
 import track
+import wandb_run
+from checkpoint import Due, State
 from config import Config, ConfigError
 from formats import Overflow
 from kernels.noise import Key
 from optim import lean
 from quant import LowPrecision, Scheme
 
-EVALUATION_ROWS = 1000  # at a time
-CHECKPOINT_SECONDS = 1.0  # between two checkpoints at least: a run of milliseconds does not wait for the disk
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal, ten lines a run apart
 CUDA_CHECK_STEPS = 50  # between two looks at the losses: each look waits for the device
 
 
@@ -54,16 +55,19 @@ class Diverged(Exception):
         self.step = step
 
 
-def run(config: Config, command: str | None = None) -> Result:
+def run(config: Config, command: str | None = None, resume: Path | None = None) -> Result:
     """Train as `config` says and record it; `command` is recorded as what started the run.
 
-    A run that diverges is a result too, its status "diverged". Raises ConfigError for what this machine does not
-    have, and what loading, training or writing raises; before that, and at a KeyboardInterrupt, what was recorded is
-    closed with the status "failed" or "interrupted".
+    resume: the folder of an unfinished record of the same configuration, to go on with from its last checkpoint. A run
+    that diverges is a result too, its status "diverged". Ctrl-C, SIGTERM and SIGHUP end the run after its step, with a
+    checkpoint, as a KeyboardInterrupt.
+    Raises ConfigError for what this machine does not have and for a checkpoint of another configuration, and what
+    loading, training or writing raises; before that, what was recorded is closed with the status "failed" or
+    "interrupted". The exception's notes then say where it lies and how to go on.
     """
     config = config.resolved()
     device = _device(config.device)
-    started = time.perf_counter()
+    started = time.monotonic()
 
     spec = data.DATASETS[config.dataset]
     layout = torch.channels_last if len(spec.shape) == 3 else torch.contiguous_format  # convolutions run faster so
@@ -82,87 +86,153 @@ def run(config: Config, command: str | None = None) -> Result:
     steps = math.ceil(len(train_x) / config.batch_size)
     schedule = _schedule(config, plain, config.epochs * steps)
 
-    record = track.Record(config.output_dir, config.folder_name, asdict(config))
-    wandb = track.Wandb(
-        config.wandb,
-        config.wandb_project,
-        config.wandb_entity,
-        config.name,
-        config.group,
-        asdict(config),
-        config.output_dir,
-    )
-    history: list[dict[str, float | int | None]] = []
-    summary: dict[str, Any] = {"name": config.name, "status": "failed", "epochs": 0, "steps": 0}
-    saved = time.perf_counter()
-    progress = _Progress(config, steps)
-    try:
-        if not config.epochs:
-            summary |= _evaluate(model, test_x, test_y, spec.task, split.target_deviation)
-            record.checkpoint(_state(config, model, plain, schedule, summary))
-        for epoch in range(1, config.epochs + 1):
-            diverged = None
-            train = _TrainMetrics(spec.task)
-            model.train()
-            noise = torch.Generator().manual_seed(Key.of(config.seed, "augmentation", epoch).value)
-            pending: list[Tensor] = []  # losses that nobody has looked at yet
-            try:
-                for rows in _batches(len(train_x), config, epoch, device):
-                    x, y = train_x[rows], train_y[rows]
-                    if split.augment:
-                        x = data.augment(x, noise)
-                    output = model(x)
-                    loss = _loss(output, y, spec.task)
-                    train.add(loss, output, y)
-                    pending.append(loss.detach())
-                    if device.type == "cpu" or len(pending) == CUDA_CHECK_STEPS:
-                        _check_finite(pending, summary["steps"] + 1)
-                    optimizer.zero_grad()
-                    low.scale(loss).backward()
-                    optimizer.step()
-                    if schedule:
-                        schedule.step()
-                    summary["steps"] += 1
-                    progress.step()
-                _check_finite(pending, summary["steps"])
-            except Diverged as error:
-                diverged = error.step
+    at = State(config, model, plain, schedule, measure.TrainMetrics(spec.task), command)  # where the run is
+    if resume:
+        record = _resumed(resume, at, steps)
+    else:
+        record = track.Record(config.output_dir, config.folder_name, asdict(config))
+    wandb = _wandb(at)
+    progress = console.Progress(config, steps, at.step)
+    due = Due(config.checkpoint_every)
 
-            metrics = {"epoch": epoch, **train.values()}
-            metrics |= _evaluate(model, test_x, test_y, spec.task, split.target_deviation)
-            if diverged is None and not all(math.isfinite(value) for value in metrics.values()):
-                diverged = summary["steps"]
-            if config.loss_scale == "dynamic":
-                metrics |= {"loss_scale": low.loss_scale.value, "skipped_steps": low.loss_scale.skipped}
-            history.append(metrics)
-            record.epoch(metrics)
-            wandb.log(_wandb_keys(metrics), step=epoch)
-            summary |= metrics | {"epochs": epoch}
-            progress.epoch(metrics)
-            last = diverged is not None or epoch == config.epochs
-            if last or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                record.checkpoint(_state(config, model, plain, schedule, summary))
-                saved = time.perf_counter()
-            if diverged is not None:
-                summary["diverged_step"] = diverged
-                break
-        summary["status"] = "diverged" if "diverged_step" in summary else "complete"
-    except KeyboardInterrupt:
-        summary["status"] = "interrupted"
-        raise
-    finally:
+    def write_checkpoint() -> None:
+        record.checkpoint(checkpoint.pack(at.save(time.monotonic() - started)))
+        due.written = time.monotonic()
+
+    untrained: dict[str, float] = {}  # the metrics of a run of no epochs
+    failure: BaseException | None = None
+    with console.Stop() as stop:
+        try:
+            if not config.epochs:
+                untrained = measure.evaluate(model, test_x, test_y, spec.task, split.target_deviation)
+                write_checkpoint()
+            while at.epoch < config.epochs and at.diverged_step is None:
+                epoch, diverged = at.epoch + 1, None
+                if at.batch == 0:  # else a run that goes on is in the middle of it
+                    at.train.reset()
+                    at.noise.manual_seed(Key.of(config.seed, "augmentation", epoch).value)
+                model.train()
+                try:
+                    for rows in islice(_batches(len(train_x), config, epoch, device), at.batch, None):
+                        stop.check()
+                        if due.after_step():
+                            write_checkpoint()
+                        x, y = train_x[rows], train_y[rows]
+                        if split.augment:
+                            x = data.augment(x, at.noise)
+                        output = model(x)
+                        loss = measure.loss_of(output, y, spec.task)
+                        at.train.add(loss, output, y)
+                        at.pending.append(loss.detach())
+                        if device.type == "cpu" or len(at.pending) == CUDA_CHECK_STEPS:
+                            _check_finite(at.pending, at.step + 1)
+                        optimizer.zero_grad()
+                        low.scale(loss).backward()
+                        optimizer.step()
+                        if schedule:
+                            schedule.step()
+                        at.step += 1
+                        at.batch += 1
+                        progress.step()
+                    stop.check()
+                    _check_finite(at.pending, at.step)
+                except Diverged as error:
+                    diverged = error.step
+
+                metrics = {"epoch": epoch, **at.train.values()}
+                check = stop.check if diverged is None else None  # a step that diverged is half done
+                metrics |= measure.evaluate(model, test_x, test_y, spec.task, split.target_deviation, check)
+                if diverged is None and not all(math.isfinite(value) for value in metrics.values()):
+                    diverged = at.step
+                if config.loss_scale == "dynamic":
+                    metrics |= {"loss_scale": low.loss_scale.value, "skipped_steps": low.loss_scale.skipped}
+                record.epoch(metrics)
+                at.history.append(metrics)
+                at.epoch, at.batch, at.diverged_step = epoch, 0, diverged
+                wandb.log(measure.wandb_keys(metrics), step=epoch)
+                progress.epoch(metrics)
+                last = diverged is not None or epoch == config.epochs
+                if last or due.after_epoch(epoch):
+                    write_checkpoint()
+        except console.Stopped as error:
+            failure = _failure_of(write_checkpoint) or error
+        except BaseException as error:
+            failure = _out_of_memory(error, at.step + 1, config.batch_size) or error
         progress.close()
-        summary.pop("epoch", None)
-        summary["seconds"] = round(time.perf_counter() - started, 3)
-        summary["parameters"] = sum(p.numel() for p in model.parameters())
-        summary |= {"command": command, "environment": _environment(config, device)}
-        folder = record.finish(summary)
-        ended_well = summary["status"] in ("complete", "diverged")
-        notes = wandb.finish(summary, exit_code=0 if ended_well else 1)
-        if not ended_well:
-            for line in [f"{summary['status']}: recorded so far in {folder}"] * folder.exists() + notes:
-                print(line, file=sys.stderr)
-    return Result(config, summary, history, folder, notes)
+        summary = _summary(at, failure, untrained, time.monotonic() - started)
+        summary |= {"command": at.command, "environment": _environment(config, device)}
+        folder = record.folder
+        try:
+            folder = record.finish(summary)
+        except OSError as error:
+            failure = failure or error
+    notes = record.notes
+    if stop.asked < 2:  # else at once: wandb's process sees that we are gone, and closes the run
+        notes += wandb.finish(summary, exit_code=1 if failure else 0)
+    if failure:
+        to_go_on = f"recorded so far in {folder}; to go on: python main.py --resume {shlex.quote(str(folder))}"
+        for note in [to_go_on if folder.exists() else "nothing is recorded yet", *notes]:
+            failure.add_note(note)
+        raise failure
+    return Result(config, summary, at.history, folder, notes)
+
+
+def _resumed(folder: Path, at: State, steps: int) -> track.Record:
+    """Take `at` and the record to where the run's last checkpoint was; to the start where there is none yet."""
+    found = checkpoint.latest(folder)
+    if found:
+        at.load(found.state, steps, folder / found.name)
+    record = track.Record.resume(folder, asdict(at.config), at.history, (found.name, found.raw) if found else None)
+    if not found:
+        console.say(f"resuming {folder}: no checkpoint yet, from the start")
+        return record
+    for note in found.notes:
+        console.say(f"{note}; going on from {found.name}")
+    console.say(f"resuming {folder} after epoch {at.epoch} of {at.config.epochs}, step {at.step}")
+    return record
+
+
+def _wandb(at: State) -> wandb_run.Wandb:
+    """The run at wandb, with the epochs that `at` has behind it."""
+    config = at.config
+    where = (config.wandb, config.wandb_project, config.wandb_entity)
+    made = wandb_run.Wandb(*where, config.name, config.group, asdict(config), config.output_dir, at.wandb_id)
+    at.wandb_id = made.id
+    for metrics in at.history:
+        made.log(measure.wandb_keys(metrics), step=metrics["epoch"])
+    return made
+
+
+def _failure_of(action: Callable[[], None]) -> BaseException | None:
+    try:
+        action()
+    except BaseException as error:
+        return error
+    return None
+
+
+def _out_of_memory(error: BaseException, step: int, batch_size: int) -> MemoryError | None:
+    """One line for the many ways in which PyTorch says that there is no memory left; None for other errors."""
+    said = str(error).strip().partition("\n")[0]
+    signs = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in said for sign in signs):
+        return None
+    told = MemoryError(f"out of memory in step {step}: a --batch-size below {batch_size} needs less ({said})")
+    told.__cause__ = error
+    return told
+
+
+def _summary(at: State, failure: BaseException | None, untrained: dict[str, float], seconds: float) -> dict[str, Any]:
+    status = "complete" if at.diverged_step is None else "diverged"
+    if failure:
+        status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
+    summary = {"name": at.config.name, "status": status, "epochs": at.epoch, "steps": at.step}
+    summary |= at.history[-1] if at.history else untrained
+    summary.pop("epoch", None)
+    if at.diverged_step is not None:
+        summary["diverged_step"] = at.diverged_step
+    parameters = sum(p.numel() for p in at.model.parameters())
+    return summary | {"seconds": round(at.seconds + seconds, 3), "parameters": parameters, "resumed": at.resumed}
 
 
 def _device(name: str) -> torch.device:
@@ -207,10 +277,6 @@ def _batches(n: int, config: Config, epoch: int, device: torch.device) -> Iterat
     yield from order.to(device).split(min(config.batch_size, n))
 
 
-def _loss(output: Tensor, y: Tensor, task: str, reduction: str = "mean") -> Tensor:
-    return (F.mse_loss if task == "regression" else F.cross_entropy)(output, y, reduction=reduction)
-
-
 def _check_finite(losses: list[Tensor], next_step: int) -> None:
     """Raises Diverged for the first of these losses that is NaN or infinite; the last is that of `next_step`."""
     if losses:
@@ -218,103 +284,6 @@ def _check_finite(losses: list[Tensor], next_step: int) -> None:
         if not all(finite):
             raise Diverged(next_step - len(losses) + 1 + finite.index(False))
         losses.clear()
-
-
-class _TrainMetrics:
-    """Regression: the loss of the last step, in its own batch. Classification: means over the epoch's rows."""
-
-    def __init__(self, task: str) -> None:
-        self.task, self.rows = task, 0
-        self.loss: Tensor | float = 0.0
-        self.correct: Tensor | int = 0
-
-    def add(self, loss: Tensor, output: Tensor, y: Tensor) -> None:
-        loss, output = loss.detach(), output.detach()
-        if self.task == "regression":
-            self.loss, self.rows = loss, 1
-        else:
-            self.loss = self.loss + loss.double() * len(y)  # () on the device: no wait in the loop
-            self.correct = self.correct + (output.argmax(1) == y).sum()
-            self.rows += len(y)
-
-    def values(self) -> dict[str, float]:
-        loss = float(self.loss) / self.rows
-        if self.task == "regression":
-            return {"training_mse": loss, "training_rmse": math.sqrt(loss)}
-        return {"training_loss": loss, "training_accuracy": float(self.correct) / self.rows}
-
-
-@torch.no_grad()
-def _evaluate(model: nn.Module, x: Tensor, y: Tensor, task: str, target_deviation: float) -> dict[str, float]:
-    """Means over all rows, summed in float64; the model rounds as in training."""
-    model.eval()
-    loss, correct = 0.0, 0
-    for rows, truth in zip(x.split(EVALUATION_ROWS), y.split(EVALUATION_ROWS), strict=True):
-        output = model(rows)
-        loss += float(_loss(output, truth, task, "none").double().sum())
-        if task == "classification":
-            correct += int((output.argmax(1) == truth).sum())
-    loss /= len(x)
-    if task == "classification":
-        return {"testing_loss": loss, "testing_accuracy": correct / len(x)}
-    rmse = math.sqrt(loss)
-    return {"testing_mse": loss, "testing_rmse": rmse, "testing_rmse_target_units": rmse * target_deviation}
-
-
-def _wandb_keys(metrics: dict[str, float | int | None]) -> dict[str, float | int | None]:
-    """training_mse -> Training.MSE."""
-    named = {}
-    for name, value in metrics.items():
-        phase, _, what = name.partition("_")
-        if phase in ("training", "testing"):
-            words = what.replace("_", " ").title().replace(" ", "")
-            named[f"{phase.title()}.{words.replace('Rmse', 'RMSE').replace('Mse', 'MSE')}"] = value
-        else:
-            named[name] = value
-    return named
-
-
-def _state(config: Config, model: nn.Module, optimizer: Any, schedule: Any, summary: dict[str, Any]) -> dict[str, Any]:
-    """All that continues the run: data order, augmentation and rounding noise follow from seed, epoch and step."""
-    return {
-        "config": asdict(config),
-        "epoch": summary["epochs"],
-        "step": summary["steps"],
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict() if schedule else None,
-        "torch_rng": torch.get_rng_state(),
-    }
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then elsewhere (and where a terminal says it has no columns); on stderr."""
-
-    def __init__(self, config: Config, steps: int) -> None:
-        self.epochs = config.epochs
-        bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0 and config.epochs > 0
-        self.bar = tqdm(total=config.epochs * steps, desc=config.name, unit="step", leave=False) if bar else None
-        self.said = time.perf_counter()
-
-    def step(self) -> None:
-        if self.bar:
-            self.bar.update()
-
-    def epoch(self, metrics: dict[str, float | int | None]) -> None:
-        shown = {name: value for name, value in metrics.items() if name.endswith(("_mse", "_loss", "_accuracy"))}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self.bar:
-            self.bar.set_postfix_str(text, refresh=False)
-            return
-        epoch, now = metrics["epoch"], time.perf_counter()
-        tenth = epoch * 10 // self.epochs > (epoch - 1) * 10 // self.epochs
-        if tenth or now - self.said > LINE_SECONDS:
-            print(f"epoch {epoch}/{self.epochs}  {text}", file=sys.stderr, flush=True)
-            self.said = now
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()
 
 
 def _environment(config: Config, device: torch.device) -> dict[str, Any]:
@@ -330,7 +299,7 @@ def _environment(config: Config, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "engine": quant.AUTO if config.backend == "auto" else config.backend,
+        "engine": engines.in_use(config.backend, device),
         "commit": _commit(),
     }
 

@@ -85,7 +85,7 @@ def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scal
         rule = rules.get(site)
         return None if rule is None or rule.format == FLOAT32 else _quantizer(rule.format, rule.rounding)
 
-    return OptimLP(
+    made = OptimLP(
         optimizer,
         weight_quant=quantizer("weights"),
         grad_quant=quantizer("gradients"),
@@ -93,3 +93,13 @@ def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scal
         acc_quant=quantizer("accumulator"),
         grad_scaling=1 / loss_scale,
     )
+    if made.acc_quant:  # which OptimLP leaves out of every state_dict
+        masters = list(made.weight_acc.values())
+
+        def load(_: Any, state: dict) -> None:
+            for master, saved in zip(masters, state["accumulator"], strict=True):
+                master.data.copy_(saved)
+
+        optimizer.register_state_dict_post_hook(lambda _, state: state | {"accumulator": masters})
+        optimizer.register_load_state_dict_pre_hook(load)
+    return made

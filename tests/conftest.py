@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -84,7 +85,7 @@ def cli(tmp_path, monkeypatch, capsys):
     import main
 
     monkeypatch.chdir(tmp_path)
-    terminate = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def call(*arguments: object) -> Ran:
         capsys.readouterr()
@@ -92,10 +93,51 @@ def cli(tmp_path, monkeypatch, capsys):
         return Ran(status, *capsys.readouterr())
 
     yield call
-    signal.signal(signal.SIGTERM, terminate)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def script():
     """The words that start main.py in a process of its own."""
     return [sys.executable, str(ROOT / "main.py")]
+
+
+def _in_child(folder: str, arguments: list[str], before: str) -> None:
+    os.chdir(folder)
+    for fd, name in ((0, os.devnull), (1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+    import main
+
+    exec(before, {})
+    sys.exit(main.main(arguments))
+
+
+@pytest.fixture(scope="session")
+def forks(isolated):
+    """Processes with everything imported, made in milliseconds: forks of a server that has started no thread."""
+    context = multiprocessing.get_context("forkserver")
+    lazily = ["torch._dynamo", "sklearn.model_selection", "sklearn.preprocessing"]  # what the first run imports
+    context.set_forkserver_preload(["train", *lazily])
+    with pytest.MonkeyPatch.context() as patch:  # the server reads it when the first process is started
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
+
+
+@pytest.fixture
+def child(forks, tmp_path):
+    """child("--epochs", 3, before="..."): main.py with these arguments in a process of its own, after that code.
+
+    With wait=False the process, whose streams are the files stdout and stderr in `tmp_path`.
+    """
+
+    def call(*arguments: object, before: str = "", folder: Path = tmp_path, wait: bool = True):
+        process = forks.Process(target=_in_child, args=(str(folder), [str(a) for a in arguments], before))
+        process.start()
+        if not wait:
+            return process
+        process.join(120)
+        return Ran(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
+
+    return call

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import measure
 import models
 import train
 from config import Config
@@ -423,12 +424,12 @@ def test_from_python(tmp_path, capsys):
 
 def test_wandb_keys_are_those_of_the_contract():
     names = ["training_mse", "training_rmse", "testing_mse", "testing_rmse", "training_loss", "training_accuracy"]
-    keys = list(train._wandb_keys(dict.fromkeys([*names, "testing_loss", "testing_accuracy", "loss_scale"], 0.0)))
+    keys = list(measure.wandb_keys(dict.fromkeys([*names, "testing_loss", "testing_accuracy", "loss_scale"], 0.0)))
     assert keys == [
         *("Training.MSE", "Training.RMSE", "Testing.MSE", "Testing.RMSE", "Training.Loss", "Training.Accuracy"),
         *("Testing.Loss", "Testing.Accuracy", "loss_scale"),
     ]
-    assert train._wandb_keys({"testing_mse": None}) == {"Testing.MSE": None}
+    assert measure.wandb_keys({"testing_mse": None}) == {"Testing.MSE": None}
 
 
 @pytest.mark.parametrize("precision", [name for name in NAMED if name != "float32"])
