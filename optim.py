@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracing import untraced
+
 _OUTSIDE = 2**32  # calls above are of weights set from outside, those below of an optimizer's closures
 COUNTS = ("step", "mu_product", "mu", "eta")  # of an optimizer's state, what says how far it is: no moment to round
 EXTRA_STATE = "low_precision"  # where rounding keeps its own state in the optimizer's state_dict
@@ -193,7 +195,7 @@ class OptimizerRounding:
             self._made[site, p] = self.scheme.quantizer(site, self.names[p], self.clock)
         return self._made[site, p]
 
-    @torch.compiler.disable
+    @untraced
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         self.check()
@@ -238,7 +240,7 @@ class OptimizerRounding:
             if self.scale.value != 1.0:
                 p.grad.div_(self.scale.value)
 
-    @torch.compiler.disable
+    @untraced
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.clock.move_to(self.clock.step + 1)
         self._round_state(optimizer)

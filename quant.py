@@ -29,7 +29,8 @@ from formats import (
     rule_of,
 )
 from kernels.noise import Key
-from sites import Clock, LayerRounding, LowPrecision, Round, untraced
+from sites import Clock, LayerRounding, LowPrecision, Round
+from tracing import untraced
 
 __all__ = [
     "BlockFormat",

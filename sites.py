@@ -8,7 +8,6 @@ state_dict. What rounds a tensor comes from a quant.Scheme: no engine is known h
 from __future__ import annotations
 
 import fnmatch
-import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,22 +19,12 @@ from torch import Tensor, nn
 
 from formats import FLOAT32, SITES, Rule
 from optim import LossScale, OptimizerRounding, Weights
+from tracing import untraced
 
 _NEW = "was added or replaced after its model was quantized, and is not rounded: call quantize_model(model) again"
 
 LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at those; the others are at parameters
-
-
-def untraced(function: Callable) -> Callable:
-    """torch.compiler.disable(function), which imports torch's compiler: here, only where it is at work."""
-    disabled = torch._disable_dynamo(function)  # imports at its first call
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
-
-    return call
 
 
 class Round(torch.autograd.Function):
