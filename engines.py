@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import time
 import warnings
 from types import ModuleType
 
@@ -18,10 +19,10 @@ from kernels.noise import Key
 
 ENGINES = {"eager": "kernels.eager", "fused": "kernels.fused", "qtorch": "kernels.qtorch"}
 
-# "auto" on the CPU: the fused engine takes a second to load, so it is loaded once the eager one has taken as long. The
-# times of an eager call (bench/quantize.py): what it costs beside, and per element.
-LOAD_SECONDS, CALL_SECONDS, ELEMENT_SECONDS = 1.0, 3e-5, 5e-9
-_spent = 0.0  # by the eager engine, under "auto"
+# "auto" on the CPU: loading the fused engine takes about a second, in which it may compile more than one loop, and then
+# pays for itself. So it is loaded once the eager engine has taken that long: never more than twice the best choice.
+LOAD_SECONDS = 1.0
+_spent = 0.0  # seconds in the eager engine, under "auto"
 
 
 def check(backend: str) -> None:
@@ -49,23 +50,20 @@ def quantize(
 
         result = qtorch.quantize(x.float(), format, rounding, overflow).to(x.dtype)
         return result if out is None else out.copy_(result)
-    return _engine(x, backend).quantize(x, format, rounding, overflow, key, dim, out)
-
-
-def _engine(x: Tensor, backend: str) -> ModuleType:
+    arguments = (x, format, rounding, overflow, key, dim, out)
+    if x.device.type == "cuda" and backend != "eager":
+        return _or_eager("kernels.cuda").quantize(*arguments)
+    if x.device.type != "cpu" or backend == "eager":
+        return _load("kernels.eager").quantize(*arguments)
+    if backend == "fused":
+        return _load("kernels.fused").quantize(*arguments)
     global _spent
-    if backend == "eager":
-        return _load("kernels.eager")
-    if x.device.type == "cpu":
-        if backend == "fused":
-            return _load("kernels.fused")
-        if _spent >= LOAD_SECONDS:
-            return _or_eager("kernels.fused")  # the bits are the same
-        _spent += CALL_SECONDS + ELEMENT_SECONDS * x.numel()
-        return _load("kernels.eager")
-    if x.device.type == "cuda":
-        return _or_eager("kernels.cuda") if backend == "auto" else _load("kernels.cuda")
-    return _load("kernels.eager")
+    if _spent >= LOAD_SECONDS:
+        return _or_eager("kernels.fused").quantize(*arguments)
+    start = time.perf_counter()
+    result = _load("kernels.eager").quantize(*arguments)
+    _spent += time.perf_counter() - start
+    return result
 
 
 def in_use(backend: str, device: torch.device) -> str:

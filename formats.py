@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import functools
 import re
 from dataclasses import dataclass
 
@@ -133,6 +134,7 @@ def is_random(rounding: Rounding | FewBits) -> bool:
 ROUNDING_NAMES = f"{', '.join(rounding.value for rounding in Rounding)}, or stochastic:R[:half] (1<=R<=23 random bits)"
 
 
+@functools.cache
 def rounding_named(name: str) -> Rounding | FewBits:
     """The rounding of that name: a value of `Rounding`, or stochastic:R[:half]. ValueError for any other."""
     match = re.fullmatch(r"stochastic:([1-9]\d?)(:half)?", name)
@@ -227,6 +229,7 @@ _ANY = "eXmY (2<=X<=8, 0<=Y<=23), fixedW.F[s] (2<=W<=25, 0<=F<=126), bfpW[_row|_
 FORMAT_NAMES = f"{', '.join([*NAMED, *BLOCKS, *ALIASES])}, or {_ANY}"
 
 
+@functools.cache
 def format_named(name: str) -> Format | BlockFormat:
     """The format of that name: a row of `NAMED` or `BLOCKS`, an alias, or one of any width.
 

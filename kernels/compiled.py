@@ -248,8 +248,8 @@ def _deep(
             if _is_deep(bits, below) and zeros > uint32(32) and _and(_load(target, i), _MAGNITUDE) != uint32(0):
                 left, draw, up = int64(zeros) - 32, 2, True
                 while up and left > 0:
-                    word = _further_word(_index(index, table, i), key, block, draw)
-                    up = _shr(word, _sub(32, uint32(min(left, 32)))) == uint32(0)
+                    g0, g1, g2 = _words_of(key, block, draw)
+                    up = _shr(_word(_index(index, table, i), g0, g1, g2), _sub(32, uint32(min(left, 32)))) == uint32(0)
                     left -= 32
                     draw += 1
                 if not up:
@@ -265,12 +265,12 @@ def _mix64(z):
 
 
 @njit
-def _further_word(index, key, block, draw):
-    """The word of noise.Key(key).parts(block, draw)."""
+def _words_of(key, block, draw):
+    """noise.Key(key).parts(block, draw), each `_mixed`."""
     start = uint64(key) + uint64(0x9E3779B97F4A7C15) * (uint64(1) + uint64(block) + (uint64(draw) << uint64(32)))
     mixed, more = _mix64(start), _mix64(start ^ uint64(0xFFFFFFFFFFFFFFFF))
     k0, k1, k2 = uint32(mixed), uint32(mixed >> uint64(32)), uint32(more)
-    return _word(index, _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15))
+    return _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
 
 
 @njit(inline="always")
@@ -316,21 +316,20 @@ PARAMETERS = (
     *("always", "lowest_level", "mantissa", "composed", "fast_from", "deep_below", "largest", "lowest", "signed_zero"),
     *("few", "half", "exponents", "type_largest"),
 )
-_KEYS = ", ".join(["int64"] * 8)  # the key's words for draw 0 and 1, k0, k1, k2, f0, f1, f2; key and block for others
 
 
 @cache
 def flat(mode: int, infinity: bool):
-    """kernel(source, target, count, first, keys ..., parameters): `count` float32 numbers at `source`, into `target`.
+    """kernel(source, target, count, first, key, block, parameters): `count` float32 numbers at `source`, into `target`.
 
     mode: a place in MODES. infinity: whether overflow follows IEEE 754; otherwise it saturates. first: the index of the
     first element. The addresses `source` and `target` may be the same.
     """
 
-    @njit(f"void(int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
-    def kernel(source, target, count, first, k0, k1, k2, f0, f1, f2, key, block, parameters):
-        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
-        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+    @njit("void(int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
+    def kernel(source, target, count, first, key, block, parameters):
+        k0, k1, k2 = _words_of(key, block, 0)
+        f0, f1, f2 = _words_of(key, block, 1)
         always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
         composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
         largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
@@ -347,19 +346,19 @@ def flat(mode: int, infinity: bool):
 
 @cache
 def channels_last(mode: int, infinity: bool):
-    """kernel(source, target, first, last, channels, pixels, table, keys ..., parameters): as `flat`, for images that
+    """kernel(source, target, first, last, channels, pixels, table, key, block, parameters): as `flat`, for images that
     lie pixel by pixel, their elements counted channel by channel.
 
     first, last: which units, each of max(1, GROUP // channels) pixels, the last of an image of fewer. table: address of
     uint32, for each of GROUP elements in memory how far its index lies from the unit's first one.
     """
 
-    @njit(f"void(int64, int64, int64, int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
+    @njit("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
     def kernel(
-        source, target, first, last, channels, pixels, table, k0, k1, k2, f0, f1, f2, key, block, parameters
+        source, target, first, last, channels, pixels, table, key, block, parameters
     ):  # fmt: skip
-        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
-        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+        k0, k1, k2 = _words_of(key, block, 0)
+        f0, f1, f2 = _words_of(key, block, 1)
         always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
         composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
         largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
@@ -383,17 +382,17 @@ def channels_last(mode: int, infinity: bool):
 
 @cache
 def blocks(mode: int):
-    """kernel(source, target, first, last, length, keys ..., parameters) -> int64: as `flat`, for blocks of `length`
+    """kernel(source, target, first, last, length, key, block, parameters) -> int64: as `flat`, for blocks of `length`
     numbers, from number `first` to before `last`, that have a power of two as scale (formats.BlockFormat).
 
     Returns whether there was a block so close to float32's smallest numbers that it must be left to another engine;
     `target` is then of no use.
     """
 
-    @njit(f"int64(int64, int64, int64, int64, int64, {_KEYS}, int64)", **_OPTIONS)
-    def kernel(source, target, first, last, length, k0, k1, k2, f0, f1, f2, key, block, parameters):
-        k0, k1, k2 = _mixed(k0, 17), _mixed(k1, 11), _mixed(k2, 15)
-        f0, f1, f2 = _mixed(f0, 17), _mixed(f1, 11), _mixed(f2, 15)
+    @njit("int64(int64, int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
+    def kernel(source, target, first, last, length, key, block, parameters):
+        k0, k1, k2 = _words_of(key, block, 0)
+        f0, f1, f2 = _words_of(key, block, 1)
         always, mantissa = _load(parameters, 0), _load(parameters, 2)
         element_largest, signed_zero = _load(parameters, 6), _load(parameters, 8)
         few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()

@@ -22,7 +22,6 @@ from kernels.parameters import bits, parameters
 
 PIECE = 2**17  # elements that a thread takes at a time; a smaller tensor is done by the calling thread alone
 _HALF_PIECE = 2**14  # of a float16 or bfloat16 tensor, converted in the cache
-_NO_KEY = (0,) * 8
 
 
 def quantize(
@@ -77,17 +76,17 @@ def _flat(kernel: Callable, x: Tensor, result: Tensor, key: Key | None, address:
 
         def convert(start: int) -> None:
             piece = flat[start : start + _HALF_PIECE].float()
-            kernel(piece.data_ptr(), piece.data_ptr(), len(piece), start % 2**32, *_keys(key, start), address)
+            kernel(piece.data_ptr(), piece.data_ptr(), len(piece), start % 2**32, *_key(key, start), address)
             rounded[start : start + _HALF_PIECE].copy_(piece)
 
         _share(convert, range(0, count, _HALF_PIECE))
     elif count <= PIECE:
-        kernel(source, target, count, 0, *_keys(key, 0), address)
+        kernel(source, target, count, 0, *_key(key), address)
     else:
 
         def piece(start: int) -> None:
             size = min(PIECE, count - start)
-            kernel(source + 4 * start, target + 4 * start, size, start % 2**32, *_keys(key, start), address)
+            kernel(source + 4 * start, target + 4 * start, size, start % 2**32, *_key(key, start), address)
 
         _share(piece, range(0, count, PIECE))
 
@@ -100,7 +99,7 @@ def _channels_last(kernel: Callable, x: Tensor, result: Tensor, key: Key, addres
     table, unit = _table(channels, pixels)
     units = images * -(-pixels // unit)
     many = max(1, PIECE // (unit * channels))
-    source, target, words = x.data_ptr(), result.data_ptr(), _keys(key, 0)
+    source, target, words = x.data_ptr(), result.data_ptr(), _key(key)
 
     def piece(first: int) -> None:
         last = min(first + many, units)
@@ -133,7 +132,7 @@ def _quantize_blocks(
     rounded = torch.empty_like(rows)
     count, length = rows.shape
     kernel, source, target = compiled.blocks(mode), rows.data_ptr(), rounded.data_ptr()
-    words = _keys(key, 0)
+    words = _key(key)
     left = []
     if rows.numel() > 2**32:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
@@ -160,13 +159,10 @@ def _parameters(
     return values["mode"], array.ctypes.data, array
 
 
-def _keys(key: Key | None, start: int) -> tuple[int, ...]:
-    """The kernels' words of the key, for elements from `start` on."""
-    if key is None:
-        return _NO_KEY
-    block = start >> 32
-    value = key.value - 2**64 if key.value >= 2**63 else key.value  # an int64: another type would be another kernel
-    return *key.parts(block), *key.parts(block, 1), value, block
+def _key(key: Key | None, start: int = 0) -> tuple[int, int]:
+    """The kernels' key and block of 2**32 elements, for elements from `start` on."""
+    value = 0 if key is None else key.value
+    return value - 2**64 if value >= 2**63 else value, start >> 32  # as int64, which is what they take
 
 
 # The threads. Not numba's own: those crash when two threads of Python use them, or after a fork.
