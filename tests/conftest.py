@@ -69,14 +69,17 @@ class Ran:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory):
-    """No WANDB_ variable, API key or settings file of the user's; wandb off where a test does not switch it on."""
+    """No WANDB_ variable, API key or settings file of the user; wandb off unless a test switches it on; a Ctrl-C."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("WANDB_MODE", "disabled")
         patch.setenv("NETRC", os.devnull)
         patch.setenv("WANDB_CONFIG_DIR", str(tmp_path_factory.mktemp("wandb-config")))
+        # A shell starts background jobs with SIGINT ignored, which Python and its children keep: no Ctrl-C to test.
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
+        signal.signal(signal.SIGINT, ours)
 
 
 @pytest.fixture

@@ -329,7 +329,7 @@ def test_runs_that_start_together_download_once(tmp_path, server):
 # ---- unpacking ----
 
 
-@pytest.mark.parametrize("killed_in", ["tarfile.TarFile.extract", "os.replace"])
+@pytest.mark.parametrize("killed_in", ["tarfile.TarFile.extractfile", "os.replace"])
 def test_killed_while_unpacking_heals(tmp_path, server, killed_in):
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(PACKED)
     before = f"real, calls = {killed_in}, []\n"
