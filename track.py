@@ -32,9 +32,16 @@ def write_whole(path: str | os.PathLike, data: str | bytes, previous: str | os.P
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
+
+
+def _name(error: BaseException, path: str | os.PathLike) -> None:
+    """Add the file to an error that the system reports without one, as a write on a full disk."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _to_json(value, indent: int | None = None) -> str:
@@ -222,8 +229,9 @@ class Record:
         try:
             while line:  # a disk that takes only a part of it says why when asked to take the rest
                 line = line[self._metrics.write(line) :]
-        except BaseException:
+        except BaseException as error:
             self._metrics.truncate(size)
+            _name(error, self._metrics.name)
             raise
 
     def checkpoint(self, data: bytes) -> None:

@@ -70,8 +70,8 @@ def test_command_lines(arguments):
         assert "given" in said
         assert "allowed" in said
         return
-    config, resume, _ = asked
-    assert resume is None
+    config, options = asked
+    assert options.resume is None
     if config is not None:
         assert Config.from_json(config.to_json()) == config
         assert config.resolved().folder_name == config.folder_name
