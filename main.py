@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        where, *others = getattr(stop, "__notes__", ["nothing is recorded yet"])
+        where, *others = getattr(stop, "__notes__", ["before it began"])
         print("\n".join([*others, f"interrupted: {where}"]), file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
