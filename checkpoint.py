@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +51,9 @@ def unpack(raw: bytes) -> dict[str, Any]:
         entries = zipfile.ZipFile(io.BytesIO(raw)).infolist()
         if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(raw):
             raise ValueError("it would unpack to more than it is")
-        state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an archive of another kind is refused all the same
+            state = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError("no state of a run")
     except Exception as error:  # a file that somebody made can raise anything

@@ -12,7 +12,7 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,14 @@ GROUPS = {
 
 
 RESUMABLE = "the folder of a record"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the arguments ask for beside the run itself. resume: the folder of the record to go on with."""
+
+    debug: bool = False
+    resume: Path | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,8 +82,8 @@ def parser() -> Parser:
     return made
 
 
-def configure(argv: list[str]) -> tuple[Config | None, Path | None, bool]:
-    """The run that the arguments ask for, None for the table of formats; the record to resume; whether to debug."""
+def configure(argv: list[str]) -> tuple[Config | None, Options]:
+    """The run that the arguments ask for, None for the table of formats; and their options."""
     made = parser()
     given, unknown = made.parse_known_args(argv)
     if unknown:
@@ -86,13 +94,14 @@ def configure(argv: list[str]) -> tuple[Config | None, Path | None, bool]:
     settings: dict[str, Any] = vars(given)
     debug = settings.pop("debug", False)
     if settings.pop("list_formats", False):
-        return None, None, debug
+        return None, Options(debug)
     recipe, resume = settings.pop("recipe", None), settings.pop("resume", None)
     merged = with_recipe(recipe, settings)
     try:
         if resume is not None:
-            return *_to_resume(resume, merged), debug
-        return Config.make(**merged), None, debug
+            config, folder = _to_resume(resume, merged)
+            return config, Options(debug, folder)
+        return Config.make(**merged), Options(debug)
     except ConfigError as error:
         if str(error).partition(":")[0] in map(flag, merged.keys() - settings.keys()):
             raise ConfigError(f"{error}; --recipe {recipe} gives it") from None
@@ -165,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a folder's name may be no text
     try:
-        config, resume, debug = configure(argv)
+        config, options = configure(argv)
+        debug, resume = options.debug, options.resume
         if config is None:
             print(formats.table())
             return 0
@@ -185,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        where, *others = getattr(stop, "__notes__", ["nothing is recorded yet"])
+        where, *others = getattr(stop, "__notes__", ["before it began"])
         print("\n".join([*others, f"interrupted: {where}"]), file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:

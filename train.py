@@ -168,7 +168,10 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
             failure = failure or error
     notes = record.notes
     if stop.asked < 2:  # else at once: wandb's process sees that we are gone, and closes the run
-        notes += wandb.finish(summary, exit_code=1 if failure else 0)
+        try:
+            notes += wandb.finish(summary, exit_code=1 if failure else 0)
+        except KeyboardInterrupt:  # the record is whole and in its place
+            notes.append("wandb: not waited for")
     if failure:
         to_go_on = f"recorded so far in {folder}; to go on: python main.py --resume {shlex.quote(str(folder))}"
         for note in [to_go_on if folder.exists() else "nothing is recorded yet", *notes]:

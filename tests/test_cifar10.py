@@ -360,6 +360,34 @@ def test_an_archive_that_points_outside_is_refused(tmp_path):
     assert not any(path.is_dir() for path in data_dir.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        (tarfile.SYMTYPE, "/etc/passwd"),
+        (tarfile.SYMTYPE, "../../../escaped"),
+        (tarfile.LNKTYPE, "../escaped"),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+    ],
+)
+def test_links_to_the_outside_and_devices_condemn_the_archive(tmp_path, kind, target):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("cifar-10-batches-bin/trick")
+        member.type, member.linkname = kind, target
+        tar.addfile(member)
+        for name, content in members().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "cifar-10-binary.tar.gz").write_bytes(packed.getvalue())
+    assert "cifar-10-binary.tar.gz: refused" in load_error(ValueError, data_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert not any(path.is_dir() for path in data_dir.iterdir())
+
+
 def test_a_link_in_a_batchs_place_is_refused(tmp_path):
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:

@@ -224,6 +224,29 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(cli, tmp_p
     assert bits(cli("--resume", folder).folder) == bits(expected.folder)
 
 
+def test_a_signal_while_wandb_is_waited_for_costs_no_result(cli, monkeypatch):
+    import wandb_run
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb_run.Wandb, "finish", interrupted)
+    ran = cli(*NOISY)
+    assert (ran.status, ran.summary["status"]) == (0, "complete")
+    assert ran.out.splitlines()[-1] == "wandb: not waited for"
+
+
+def test_a_signal_before_it_began_touches_nothing(cli, tmp_path, monkeypatch):
+    import data
+
+    folder = stopped(cli, monkeypatch, *NOISY)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(data, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ran = cli("--resume", folder)
+    assert (ran.status, ran.out, ran.err) == (143, "", "interrupted: before it began\n")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_signal_that_is_ignored_stays_ignored(child):
     ran = child(*NOISY, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + kill_self("SIGHUP"))
     assert ran.status == 0

@@ -481,3 +481,60 @@ except KeyboardInterrupt:
 def closed_runs(directory):
     records = [stored(file.parent) for file in directory.glob("wandb/offline-run-*/*.wandb") if file.stat().st_size > 7]
     return [record.exit.exit_code for run in records for record in run if record.HasField("exit")]
+
+
+# A run that is resumed
+
+
+def begun(directory, mode="offline", steps=10):
+    """A run that ended after some steps; its id."""
+    run = tracker(mode, directory)
+    for step in range(steps):
+        run.log(STEPS[step], step=step)
+    lines = run.finish({"status": "interrupted"}, 1)
+    return run.id, lines
+
+
+def continued(directory, run_id, mode="offline"):
+    run = tracker(mode, directory, run_id=run_id)
+    assert run.id == run_id
+    for step, metrics in enumerate(STEPS):  # the earlier ones too
+        run.log(metrics, step=step)
+    return run.finish({"status": "complete"})
+
+
+def test_a_resumed_offline_run_is_one_whole_run_under_its_first_id(tmp_path):
+    run_id, lines = begun(tmp_path)
+    first = folder_in(lines)
+    stranger = tmp_path / "wandb" / "offline-run-20200101_000000-12345678"
+    stranger.mkdir()
+    lines = continued(tmp_path, run_id)
+    records = assert_whole(lines)
+    assert next(record.run.run_id for record in records if record.HasField("run")) == run_id
+    assert stranger.exists()
+    assert not first.exists()  # what was in it is in the new one
+    assert [path.name for path in (tmp_path / "wandb").glob("offline-run-*")].count(folder_in(lines).name) == 1
+
+
+def test_a_resumed_online_run_goes_on_under_its_first_id(tmp_path, monkeypatch):
+    with server(monkeypatch) as requests:
+        run_id, (line,) = begun(tmp_path, "online")
+        assert line.endswith(f"/runs/{run_id}")
+        seen = len(requests)
+        (again,) = continued(tmp_path, run_id, "online")
+        assert again == line
+        assert uploaded(requests[seen:]) == dict(enumerate(STEPS))
+        upserts = [json.loads(body)["variables"] for _, body in requests[seen:] if "upsertBucket" in body]
+        assert {given["name"] for given in upserts} == {run_id}
+
+
+def test_a_run_resumed_while_the_process_of_the_killed_one_still_closes_it(tmp_path):
+    code = f"""
+import os, signal, wandb_run
+run = wandb_run.Wandb("offline", None, None, "name", "group", {{}}, {str(tmp_path)!r})
+run.log({{"loss": 1.0}}, step=0)
+print(run.id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert_whole(continued(tmp_path, killed.stdout.strip()))
