@@ -15,8 +15,19 @@ from typing import Any
 
 import kinds
 from data import DATASETS
-from formats import FLOAT32, SITES, BlockFormat, Overflow, Rounding, Rule, format_named, is_random, rounding_named
-from kinds import ALL_SITES, Kind
+from formats import (
+    ALL_SITES,
+    FLOAT32,
+    SITES,
+    BlockFormat,
+    Overflow,
+    Rounding,
+    Rule,
+    format_named,
+    is_random,
+    rounding_named,
+)
+from kinds import Kind
 
 MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
 IMAGE_MODELS = ("cnn", "resnet20")

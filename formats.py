@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 # Where a training step rounds, in the order in which one step passes them (README, "Sites").
 SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum", "accumulator")
+ALL_SITES = SITES[:-1]  # what "all" means: without the accumulator
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from formats import FORMAT_NAMES, ROUNDING_NAMES, SITES, Rounding, Rule, format_named, rounding_named, rule_of
-
-ALL_SITES = tuple(site for site in SITES if site != "accumulator")
+from formats import (
+    ALL_SITES,
+    FORMAT_NAMES,
+    ROUNDING_NAMES,
+    SITES,
+    Rounding,
+    Rule,
+    format_named,
+    rounding_named,
+    rule_of,
+)
 
 
 @dataclass(frozen=True)

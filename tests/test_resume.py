@@ -9,8 +9,8 @@ import torch
 from conftest import write_cifar10
 
 import console
+import engines
 import measure
-import quant
 import track
 from config import Config
 
@@ -149,8 +149,8 @@ def test_stopped_while_it_is_evaluated(cli, tmp_path, monkeypatch, chunk):
     assert bits(cli("--resume", folder).folder) == expected
 
 
-@pytest.mark.parametrize("first", [e for e in ("auto", *quant.ENGINES) if e != "qtorch"])
-@pytest.mark.parametrize("second", [e for e in ("auto", *quant.ENGINES) if e != "qtorch"])
+@pytest.mark.parametrize("first", [e for e in ("auto", *engines.ENGINES) if e != "qtorch"])
+@pytest.mark.parametrize("second", [e for e in ("auto", *engines.ENGINES) if e != "qtorch"])
 def test_engines_take_over_from_each_other(cli, monkeypatch, first, second):
     arguments = RUNS["everything rounded"]
     expected = bits(cli(*arguments, "--output-dir", "straight").folder)
