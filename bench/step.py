@@ -2,14 +2,13 @@
 
 For each model, steps in float32 (the same plain PyTorch loop, without any of this project's hooks, and with train.py's
 layout), then with every site rounded, take turns; printed are medians of ms a step, quartiles, the ratio to float32 in
-the same round, and the most memory that a process of its own with such steps had. Random data of the model's usual
-shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32 (channels_last).
+the same round, and the most memory that a process of its own with such steps had (read from Linux's /proc). Random data
+of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32 (channels_last).
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -75,7 +74,8 @@ def main() -> None:
         step = stepper(given.models, SETTINGS[given.memory_of], given.backend)
         for _ in range(4):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+        print(int(peak) / 1024)  # getrusage would count what the parent had before it started this
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.backend}, n = {given.rounds} rounds")
     for name in given.models.split(","):
