@@ -87,6 +87,7 @@ def _or_eager(name: str) -> ModuleType:
         return _load("kernels.eager")
 
 
+@functools.cache
 def holds(dtype: torch.dtype, format: Format | BlockFormat) -> bool:
     """Whether numbers of that floating-point type become numbers of the same type when they are rounded to `format`.
 
