@@ -117,11 +117,11 @@ class Server:
                 start = asked if outer.ranges else 0
                 status = 404 if body is None else 416 if start >= len(body) else 206 if start else 200
                 rest = body[start:] if status < 400 else b""
+                sent = rest[: outer.cut.get(self.path, len(rest))]
+                outer.requests.append((self.path, asked, len(sent)))  # before the client can go on to its next one
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(rest)))
                 self.end_headers()
-                sent = rest[: outer.cut.get(self.path, len(rest))]
-                outer.requests.append((self.path, asked, len(sent)))
                 self.wfile.write(sent)
 
             def log_message(self, *args):
