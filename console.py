@@ -10,18 +10,18 @@ import threading
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 from config import Config
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal, ten lines a run apart
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def say(text: str) -> None:
-    """A line on stderr; nobody has to be there to read it."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+def say(*lines: str) -> None:
+    """Lines on stderr; nobody has to be there to read them (`2>&1 | head`, a terminal that was closed)."""
+    try:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else Python fails at its end, with what could not be said
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,7 +75,11 @@ class Progress:
         self.epochs = config.epochs
         total = config.epochs * steps
         bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0 and config.epochs > 0
-        self.bar = tqdm(total=total, initial=done, desc=config.name, unit="step", leave=False) if bar else None
+        self.bar = None
+        if bar:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, desc=config.name, unit="step", leave=False)
         self.said = time.monotonic()
 
     def step(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import console
 import formats
 import track
 from config import RECIPES, Config, ConfigError, flag, shown, with_recipe
@@ -119,7 +120,8 @@ def _to_resume(given: str, settings: dict[str, Any]) -> tuple[Config, Path]:
     if not folder.is_dir():  # killed: it still has its name of while it ran
         found = track.unfinished(folder.parent, folder.name)
         if not found:
-            raise ConfigError(refused)
+            going = [f"{path} is in use" for path in track.siblings(folder, "partial")]
+            raise ConfigError(refused + (f" that no process writes to ({', '.join(going)})" if going else ""))
         folder = found[0][0]
     try:
         recorded = Config.from_json(track.read(folder / "config.json").decode())
@@ -161,7 +163,7 @@ def _offer(config: Config) -> None:
             return
         done = f"{epochs} of {config.epochs} epochs are in {folder}"
         command = f"python main.py --resume {shlex.quote(str(folder))}"
-        print(f"unfinished before: {done}; to go on with it: {command}; this starts anew", file=sys.stderr)
+        console.say(f"unfinished before: {done}; to go on with it: {command}; this starts anew")
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
@@ -192,25 +194,19 @@ def main(argv: list[str] | None = None) -> int:
         print(report(train.run(config, shlex.join(["python", "main.py", *argv]), resume)))
         return 0
     except ConfigError as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        console.say(f"main.py: error: {error}")
         return 2
     except KeyboardInterrupt as stop:
         where, *others = getattr(stop, "__notes__", ["before it began"])
-        print("\n".join([*others, f"interrupted: {where}"]), file=sys.stderr)
+        console.say(*others, f"interrupted: {where}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
         if debug:
             raise
-        *others, said = _told(error)
-        print("\n".join([*others, f"main.py: error: {said} (--debug shows where)"]), file=sys.stderr)
+        said = " ".join(str(error).split()) or type(error).__name__
+        where, *others = getattr(error, "__notes__", [""])
+        console.say(*others, f"main.py: error: {said}{'; ' * bool(where)}{where} (--debug shows where)")
         return 1
-
-
-def _told(error: Exception) -> list[str]:
-    """What went wrong, as a last line, after what else there is to know."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    where, *others = getattr(error, "__notes__", [""])
-    return [*others, f"{said}; {where}" if where else said]
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int
     Without the epochs, and last, those that have no checkpoint yet and begin anew.
     """
     found = []
-    for folder in [Path(output_dir) / name, *_siblings(Path(output_dir) / name, "partial")]:
+    for folder in [Path(output_dir) / name, *siblings(Path(output_dir) / name, "partial")]:
         if (folder.name == name and status(folder) in REPLACING) or not (folder / "config.json").is_file():
             continue
         epochs = 0
@@ -112,7 +112,7 @@ def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int
     return sorted(found, key=lambda one: -one[1])
 
 
-def _siblings(final: Path, kind: str) -> list[Path]:
+def siblings(final: Path, kind: str) -> list[Path]:
     """The folders NAME.KIND-PID beside NAME."""
     if not final.parent.is_dir():
         return []
@@ -282,7 +282,7 @@ class Record:
             self._replace()
             self._clean()
         else:
-            for older in _siblings(self._final, "old"):  # a replacement was cut short: it gets its place back
+            for older in siblings(self._final, "old"):  # a replacement was cut short: it gets its place back
                 with contextlib.suppress(OSError):
                     os.rename(older, self._final)
             with contextlib.suppress(OSError):  # somebody takes the place at the same moment
@@ -305,9 +305,9 @@ class Record:
                 self._final.rename(aside)
 
     def _clean(self) -> None:
-        for older in _siblings(self._final, "old"):  # the record that is in place now has replaced them all
+        for older in siblings(self._final, "old"):  # the record that is in place now has replaced them all
             shutil.rmtree(older, ignore_errors=True)
-        for partial in _siblings(self._final, "partial"):
+        for partial in siblings(self._final, "partial"):
             with contextlib.suppress(OSError), open(partial / "metrics.jsonl", "r+b") as file:
                 if _lock(file):
                     shutil.rmtree(partial, ignore_errors=True)

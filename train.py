@@ -164,8 +164,9 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
         folder = record.folder
         try:
             folder = record.finish(summary)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:  # all of it is where it was
             failure = failure or error
+            summary["status"] = "failed"
     notes = record.notes
     if stop.asked < 2:  # else at once: wandb's process sees that we are gone, and closes the run
         try:

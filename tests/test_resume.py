@@ -224,6 +224,15 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(cli, tmp_p
     assert bits(cli("--resume", folder).folder) == bits(expected.folder)
 
 
+def test_a_terminal_that_is_closed(cli, child, tmp_path):
+    """SIGHUP, and nothing can be said any more."""
+    expected = bits(cli(*NOISY, "--output-dir", "straight").folder)
+    closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 2)\n"
+    assert child(*NOISY, before=closed + kill_self("SIGHUP")).status == 129
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert bits(cli("--resume", folder).folder) == expected
+
+
 def test_a_signal_while_wandb_is_waited_for_costs_no_result(cli, monkeypatch):
     import wandb_run
 
@@ -418,7 +427,7 @@ def test_a_record_that_another_process_writes(cli, tmp_path, monkeypatch):
     going = track.Record.resume(folder, json.loads((folder / "config.json").read_text()), [], None)
     before = snapshot(tmp_path)
     is_refused(cli("--resume", going.folder), 1, "in use by another process", going.folder.name)
-    is_refused(cli("--resume", folder), 2, "--resume")
+    is_refused(cli("--resume", folder), 2, "--resume", f"no process writes to ({going.folder} is in use)")
     assert snapshot(tmp_path) == before
     going.finish({"status": "interrupted"})
 
