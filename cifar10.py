@@ -123,8 +123,9 @@ def _unpack(data_dir: Path, layout: Archive) -> list[Path]:
     try:
         with tarfile.open(source, "r:gz") as tar:
             for member in tar:
-                if member.name.startswith("/") or ".." in member.name.split("/"):  # one condemns the archive
-                    raise tarfile.ReadError(f"{member.name!r} points outside")
+                outside = member.name.startswith("/") or ".." in member.name.split("/")
+                if outside or not (member.isreg() or member.isdir()):  # one such member condemns the archive
+                    raise tarfile.ReadError(f"{member.name!r} points outside, or is a link or a device")
                 path = staging / member.name
                 if member.isreg() and path in staged:  # by hand: Python 3.11.2 has no filter="data"
                     path.parent.mkdir(parents=True, exist_ok=True)

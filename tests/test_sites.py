@@ -591,10 +591,10 @@ def test_half_precision_inputs(dtype, fmt):
 @pytest.mark.parametrize(
     ("x", "fmt"),
     [
-        (torch.ones(2, dtype=torch.float64), "float8"), (torch.ones(2, dtype=torch.int64), "float8"),
-        (torch.ones(2, dtype=torch.bool), "float8"), (torch.ones(2, dtype=torch.complex64), "float8"),
-        (torch.ones(2, dtype=torch.float16), "float8"), (torch.ones(2, dtype=torch.float16), "bfloat16"),
-        (torch.ones(2, dtype=torch.bfloat16), "float16"), (torch.ones(2, dtype=torch.float16), "float32"),
+        (torch.ones(2, dtype=torch.int64), "float8"), (torch.ones(2, dtype=torch.bool), "float8"),
+        (torch.ones(2, dtype=torch.complex64), "float8"), (torch.ones(2, dtype=torch.float16), "float8"),
+        (torch.ones(2, dtype=torch.float16), "bfloat16"), (torch.ones(2, dtype=torch.bfloat16), "float16"),
+        (torch.ones(2, dtype=torch.float16), "nvfp4"),
         ([1.0, 2.0], "float8"), (np.ones(2, np.float32), "float8"), (1.5, "float8"),
     ],
     ids=lambda x: str(getattr(x, "dtype", x)),
