@@ -51,7 +51,7 @@ def compare(name: str, ours: list[str], bare: list[str], pairs: int) -> None:
     times = [(seconds(ours)[0], seconds(bare)[0]) for _ in range(pairs)]
     our_times, bare_times = map(list, zip(*times, strict=True))
     ratio = statistics.median(our_times) / statistics.median(bare_times)
-    print(f"{name}: ratio {ratio:.2f} (target <= {TARGET_RATIO})")
+    print(f"{name}: ratio {ratio:.2f} (target <= {TARGET_RATIO})", flush=True)
     print(f"  run {spread(our_times)} s, bare {spread(bare_times)} s, pairs' ratio {spread([a / b for a, b in times])}")
 
 
