@@ -208,8 +208,8 @@ def _mul_floats(whole, place):
 
 @njit(inline="always")
 def _is_deep(bits, below):
-    magnitude = _and(bits, _MAGNITUDE)
-    return magnitude < below and magnitude != uint32(0)
+    """1 or 0. `and` would be a branch, and no loop with a branch in it becomes vector instructions."""
+    return uint32(_sub(_and(bits, _MAGNITUDE), 1) < _sub(below, 1))  # zero, less one, is the largest uint32
 
 
 @njit(inline="always")
@@ -231,16 +231,16 @@ def _deep(
     """Rounds what lies far below the smallest value of the format again, as eager._round_deep does."""
     undecided = uint32(0)
     for i in range(size):
-        bits = _load(source, i)
+        bits, old = _load(source, i), _load(target, i)
         significand, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
         place = _index(index, table, i)
-        up = _shr(_word(place, k0, k1, k2), 8) < significand
-        up = up and _shr(_word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0)
-        deep = _is_deep(bits, below)
-        undecided = _or(undecided, uint32(deep and up and zeros > uint32(32)))
-        value = _or(smallest if up else uint32(0), _and(bits, _SIGN))
+        below_significand = uint32(_shr(_word(place, k0, k1, k2), 8) < significand)
+        all_zero = uint32(_shr(_word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0))
+        up, deep = _and(below_significand, all_zero), _is_deep(bits, below)
+        undecided = _or(undecided, _and(_and(deep, up), uint32(zeros > uint32(32))))
+        value = _or(_mul(up, smallest), _and(bits, _SIGN))
         value = _and(value, signed_zero) if value == uint32(_SIGN) else value
-        _store(target, i, value if deep else _load(target, i))
+        _store(target, i, value if deep else old)
     if undecided:
         for i in range(size):
             bits = _load(source, i)
