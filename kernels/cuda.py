@@ -157,7 +157,7 @@ def quantize(
     if x.stride() == result.stride() and (x.is_contiguous() or (images and x.numel() <= _PIECE)):
         _launch(x, result, fmt, rounding, overflow, key, not x.is_contiguous())
     else:
-        contiguous = x.contiguous()
+        contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
         _launch(contiguous, contiguous, fmt, rounding, overflow, key, False)
         result.copy_(contiguous)
     return result

@@ -44,7 +44,7 @@ def quantize(
     if x.is_contiguous() and result.is_contiguous():
         _flat(compiled.flat(mode, infinity), x, result, key, address)
     elif x.stride() != result.stride() or not _is_dense(x):
-        contiguous = x.contiguous()
+        contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
         _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, address)
         result.copy_(contiguous)
     elif key is None:  # where an element lies is all the same
@@ -53,7 +53,7 @@ def quantize(
     elif x.dtype == torch.float32 and x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous():
         _channels_last(compiled.channels_last(mode, infinity), x, result, key, address)
     else:
-        contiguous = x.contiguous()
+        contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
         _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, address)
         result.copy_(contiguous)
     return result

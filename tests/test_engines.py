@@ -187,6 +187,17 @@ def test_in_place(rounding, scale, name):
         quantize(x, name, rounding, 5, out=torch.empty(3))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_into_a_tensor_of_another_layout(rounding, backend):
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(8))
+    before, expected = x.clone(), quantize(x, "float8", rounding, 5)
+    for out in (torch.empty(30, 40).T, torch.empty(40, 60)[:, ::2]):
+        assert quantize(x, "float8", rounding, 5, backend=backend, out=out) is out
+        assert torch.equal(out, expected)
+        assert torch.equal(x, before)
+
+
 def inverse_of_word(parts, word):
     """The index at which a key's word is this one: the hash is a bijection for each key."""
     mask = 2**32 - 1
