@@ -107,10 +107,11 @@ class LayerRounding(nn.Module):
     @untraced
     def after(self, layer: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         """The layer's forward hook: rounds what it gives."""
-        y = self._around(output, self.activations, self.output_errors, _replica(layer, output))
+        in_place = next(iter(layer._forward_hooks.values())) == self.after and _is_new(output)
+        y = self._around(output, self.activations, self.output_errors, _replica(layer, output), in_place)
         return y if self.activations or y is output else y.clone()  # Round's view would refuse an in-place ReLU
 
-    def _around(self, x: Tensor, forward: Any, backward: Any, replica: int) -> Tensor:
+    def _around(self, x: Tensor, forward: Any, backward: Any, replica: int, in_place: bool = False) -> Tensor:
         if not (forward or (backward and x.requires_grad)):
             return x
         # Evaluation never takes training's noise, nor one replica another's.
@@ -121,7 +122,22 @@ class LayerRounding(nn.Module):
                 self.clock.note(backward.beyond(gradient))
             return backward(gradient, call, dim=self._dim)
 
+        if in_place:
+            if forward:
+                forward(x.detach(), call, dim=self._dim, out=x.detach())
+            if backward:
+                x.register_hook(round_error)
+            return x
         return Round.apply(x, forward and (lambda y: forward(y, call, dim=self._dim)), backward and round_error)
+
+
+_MAKERS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")  # going back, none of them reads its output
+
+
+def _is_new(output: Tensor) -> bool:
+    """Whether a layer's own operation made the output and nobody else can have seen it: it can be rounded in place."""
+    seen = torch._C._are_functorch_transforms_active() or nn.modules.module._global_forward_hooks
+    return not seen and type(output.grad_fn).__name__ in _MAKERS
 
 
 def _replica(layer: nn.Module, x: Tensor) -> int:

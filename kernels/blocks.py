@@ -41,17 +41,27 @@ def restore(blocks: Tensor, like: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
         shape = like.movedim(dim, -1).shape
         padded = -(-shape[-1] // fmt.block) * fmt.block
         line = blocks.reshape(*shape[:-1], padded)[..., : shape[-1]].movedim(-1, dim)
-    return line if line.is_contiguous() and like.is_contiguous() else torch.empty_like(like).copy_(line)
+    return line if line.stride() == like.stride() else torch.empty_like(like).copy_(line)
 
 
-def scales(blocks: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
-    """The scale of each row: float64 (blocks, 1); see BlockFormat. 1 where there is nothing but zeros.
+def maxima(blocks: Tensor, largest: float) -> Tensor:
+    """The largest magnitude of each row, NaNs aside: (blocks, elements of a block) -> (blocks, 1).
 
     largest: the largest finite value of the tensor's type, for which infinities stand.
     """
     if blocks.numel() == 0:
-        return torch.ones(len(blocks), 1, dtype=torch.float64, device=blocks.device)
-    largest_in = blocks.abs().nan_to_num(nan=0.0, posinf=largest).amax(1, keepdim=True).double()
+        return blocks.new_zeros(len(blocks), 1)
+    return blocks.abs().nan_to_num_(nan=0.0, posinf=largest).amax(1, keepdim=True)
+
+
+def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
+    """The scale of each block, from the largest magnitude in it; see BlockFormat. 1 where there is nothing but zeros.
+
+    (blocks, 1) -> float64 (blocks, 1). largest: the largest finite value of the tensor's type.
+    """
+    if largest_in.numel() == 0:
+        return largest_in.double()
+    largest_in = largest_in.double()
     if fmt.scale is None:
         exponent = torch.frexp(largest_in)[1] - math.frexp(fmt.element.largest)[1]
         scale = torch.ldexp(torch.ones_like(largest_in), exponent.clamp(-127, 127))

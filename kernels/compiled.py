@@ -9,6 +9,10 @@ few instructions is right, and a first look at the largest and smallest magnitud
     deep     after it, stochastic, for values so small that further random words decide
 
 Addresses and counts are whole numbers of the caller's, who answers for them; nothing here allocates or raises.
+
+A kernel is a C function of one argument: the address of a task, int64 numbers that say what to do (the kernel's
+docstring says which). The work is in pieces, and any number of threads may call the kernel with the same task: each
+takes the next piece until none is left.
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ from __future__ import annotations
 from functools import cache
 
 from llvmlite import ir
-from numba import float32, int32, int64, njit, types, uint32, uint64
+from numba import cfunc, float32, int32, int64, njit, types, uint32, uint64
 from numba.extending import intrinsic
 
 from kernels.parameters import MODES
 
 GROUP = 256  # elements
 _DEEP_GROUP = 32
-_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": True}
+KERNEL = {"error_model": "numpy", "boundscheck": False, "cache": True}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SIGN, _MAGNITUDE, _INFINITY = 0x80000000, 0x7FFFFFFF, 0x7F800000
 _NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = range(len(MODES))
@@ -48,17 +52,17 @@ _shl, _shr, _sar = _operation("shl"), _operation("lshr"), _operation("ashr")  # 
 
 
 @intrinsic
-def _as_float(typing_context, x):
+def as_float(typing_context, x):
     return types.float32(types.uint32), lambda c, builder, s, arguments: builder.bitcast(arguments[0], ir.FloatType())
 
 
 @intrinsic
-def _as_bits(typing_context, x):
+def as_bits(typing_context, x):
     return types.uint32(types.float32), lambda c, builder, s, arguments: builder.bitcast(arguments[0], _I32)
 
 
 @intrinsic
-def _load(typing_context, address, i):
+def load(typing_context, address, i):
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], _I32.as_pointer())
         return builder.load(builder.gep(pointer, [arguments[1]]))
@@ -67,13 +71,45 @@ def _load(typing_context, address, i):
 
 
 @intrinsic
-def _store(typing_context, address, i, value):
+def store(typing_context, address, i, value):
     def generate(context, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], _I32.as_pointer())
         builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.uint32), generate
+
+
+@intrinsic
+def field(typing_context, task, i):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.load(builder.gep(pointer, [arguments[1]]))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def next_piece(typing_context, task):
+    """The number in the task's first field, which is one higher afterwards, whoever else does so at the same time."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, _I64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def mark(typing_context, task):
+    """Puts 1 into the task's second field."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], _I64.as_pointer())
+        builder.store_atomic(_I64(1), builder.gep(pointer, [_I64(1)]), "monotonic", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
@@ -89,7 +125,7 @@ def _group_buffer(typing_context):
 
 
 @njit(inline="always")
-def _word(index, k0, k1, k2):
+def word(index, k0, k1, k2):
     """noise.word: k0, k1, k2 are the key's words after `_mixed`, which saves three operations each time."""
     x = _mul(_xor(_xor(index, _shr(index, 17)), k0), 0xED5AD4BB)
     x = _mul(_xor(_xor(x, _shr(x, 11)), k1), 0xAC4C1B51)
@@ -106,7 +142,7 @@ def _mixed(part, shift):
 @njit(inline="always")
 def _index(first, table, i):
     """The row-major index of the i-th element in memory: the next one, or where `table` says, an address of uint32."""
-    return _add(first, _load(table, i) if table else uint32(i))
+    return _add(first, load(table, i) if table else uint32(i))
 
 
 @njit(inline="always")
@@ -145,7 +181,7 @@ def _fast(mode, source, target, size, index, table, k0, k1, k2, always, few, hal
     cut = _sub(_shl(1, always), 1)
     kept, half_below = _xor(cut, 0xFFFFFFFF), _shr(cut, 1)
     for i in range(size):
-        bits = _load(source, i)
+        bits = load(source, i)
         if mode == _NEAREST:
             bits = _add(_add(bits, _and(_shr(bits, always), 1)), half_below)
         elif mode == _AWAY:
@@ -155,9 +191,9 @@ def _fast(mode, source, target, size, index, table, k0, k1, k2, always, few, hal
         elif mode == _DOWN:
             bits = _add(bits, _and(cut, _sar(bits, 31)))
         elif mode >= _STOCHASTIC:
-            noise = _shr(_word(_index(index, table, i), k0, k1, k2), _sub(32, always))
+            noise = _shr(word(_index(index, table, i), k0, k1, k2), _sub(32, always))
             bits = _add(bits, _few_of(noise, always, few, half) if mode == _FEW else noise)
-        _store(target, i, _and(bits, kept))
+        store(target, i, _and(bits, kept))
 
 
 @njit(inline="always")
@@ -167,7 +203,7 @@ def _general(
 ):  # fmt: skip
     """A group of any values, but for `_deep`."""
     for i in range(size):
-        bits = _load(source, i)
+        bits = load(source, i)
         magnitude = _and(bits, _MAGNITUDE)
         scale = _sub(max(_shr(magnitude, 23), uint32(1)), 1)
         significand = _sub(magnitude, _shl(scale, 23))
@@ -188,28 +224,28 @@ def _general(
         elif mode == _DOWN:
             added = _and(below, _sar(bits, 31))
         elif mode >= _STOCHASTIC:
-            word = _word(_index(index, table, i), k0, k1, k2)
-            added = _shr(_shr(word, 1), _sub(31, drop))
+            noise = word(_index(index, table, i), k0, k1, k2)
+            added = _shr(_shr(noise, 1), _sub(31, drop))
             if mode == _FEW:
                 added = _few_of(added, drop, few, half)
                 significand = _shr(significand, min(_sub(whole_drop, drop), uint32(31)))
         rounded = _shr(_add(significand, added), drop)
         place = _shl(_sub(_add(level, 1), mantissa), 23)  # the last place, a normal number unless `composed`
-        result = _as_bits(_mul_floats(rounded, place))
+        result = as_bits(_mul_floats(rounded, place))
         if composed:
             result = _add(_shl(rounded, drop), _shl(scale, 23))
-        _store(target, i, _finished(infinity, mode, bits, result, largest, lowest, signed_zero))
+        store(target, i, _finished(infinity, mode, bits, result, largest, lowest, signed_zero))
 
 
 @njit(inline="always")
 def _mul_floats(whole, place):
-    return float32(int32(whole)) * _as_float(place)
+    return float32(int32(whole)) * as_float(place)
 
 
 @njit(inline="always")
 def _is_deep(bits, below):
-    """1 or 0. `and` would be a branch, and no loop with a branch in it becomes vector instructions."""
-    return uint32(_sub(_and(bits, _MAGNITUDE), 1) < _sub(below, 1))  # zero, less one, is the largest uint32
+    """1 or 0. Zero counts too: it stays zero. `and` would be a branch, and no loop with one is made of vectors."""
+    return uint32(_and(bits, _MAGNITUDE) < below)
 
 
 @njit(inline="always")
@@ -218,7 +254,7 @@ def _zeros(magnitude, lowest_level, always):
     scale = _sub(max(_shr(magnitude, 23), uint32(1)), 1)
     significand = _sub(magnitude, _shl(scale, 23))
     zeros = _sub(_add(_sub(max(scale, lowest_level), scale), always), 24)
-    missing = _sub(150, _shr(_as_bits(float32(int32(significand))), 23))  # leading zeros of a subnormal number's
+    missing = _sub(150, _shr(as_bits(float32(int32(significand))), 23))  # leading zeros of a subnormal number's
     missing = uint32(0) if significand == uint32(0) else missing
     return _shl(significand, missing), _add(zeros, missing)
 
@@ -228,32 +264,46 @@ def _deep(
     source, target, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest, below, signed_zero,
     key, block,
 ):  # fmt: skip
-    """Rounds what lies far below the smallest value of the format again, as eager._round_deep does."""
+    """Rounds what lies far below the smallest value of the format again, as eager._round_deep does.
+
+    Most of it becomes zero, since a further word has bits that are not: so that one is looked at first.
+    """
+    some = uint32(0)
+    for i in range(size):
+        bits, old = load(source, i), load(target, i)
+        _, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
+        further = word(_index(index, table, i), f0, f1, f2)
+        all_zero = uint32(_shr(further, _sub(32, min(zeros, uint32(32)))) == uint32(0))
+        deep = _is_deep(bits, below)
+        some = _or(some, _and(all_zero, deep))
+        store(target, i, _and(_and(bits, _SIGN), signed_zero) if deep else old)
+    if not some:
+        return
     undecided = uint32(0)
     for i in range(size):
-        bits, old = _load(source, i), _load(target, i)
+        bits, old = load(source, i), load(target, i)
         significand, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
         place = _index(index, table, i)
-        below_significand = uint32(_shr(_word(place, k0, k1, k2), 8) < significand)
-        all_zero = uint32(_shr(_word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0))
+        below_significand = uint32(_shr(word(place, k0, k1, k2), 8) < significand)
+        all_zero = uint32(_shr(word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0))
         up, deep = _and(below_significand, all_zero), _is_deep(bits, below)
         undecided = _or(undecided, _and(_and(deep, up), uint32(zeros > uint32(32))))
         value = _or(_mul(up, smallest), _and(bits, _SIGN))
         value = _and(value, signed_zero) if value == uint32(_SIGN) else value
-        _store(target, i, value if deep else old)
+        store(target, i, value if deep else old)
     if undecided:
         for i in range(size):
-            bits = _load(source, i)
+            bits = load(source, i)
             _, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
-            if _is_deep(bits, below) and zeros > uint32(32) and _and(_load(target, i), _MAGNITUDE) != uint32(0):
+            if _is_deep(bits, below) and zeros > uint32(32) and _and(load(target, i), _MAGNITUDE) != uint32(0):
                 left, draw, up = int64(zeros) - 32, 2, True
                 while up and left > 0:
-                    g0, g1, g2 = _words_of(key, block, draw)
-                    up = _shr(_word(_index(index, table, i), g0, g1, g2), _sub(32, uint32(min(left, 32)))) == uint32(0)
+                    g0, g1, g2 = words_of(key, block, draw)
+                    up = _shr(word(_index(index, table, i), g0, g1, g2), _sub(32, uint32(min(left, 32)))) == uint32(0)
                     left -= 32
                     draw += 1
                 if not up:
-                    _store(target, i, _and(_and(bits, _SIGN), signed_zero))
+                    store(target, i, _and(_and(bits, _SIGN), signed_zero))
 
 
 @njit(inline="always")
@@ -265,7 +315,7 @@ def _mix64(z):
 
 
 @njit
-def _words_of(key, block, draw):
+def words_of(key, block, draw):
     """noise.Key(key).parts(block, draw), each `_mixed`."""
     start = uint64(key) + uint64(0x9E3779B97F4A7C15) * (uint64(1) + uint64(block) + (uint64(draw) << uint64(32)))
     mixed, more = _mix64(start), _mix64(start ^ uint64(0xFFFFFFFFFFFFFFFF))
@@ -281,33 +331,36 @@ def _group(
     """Rounds at most GROUP numbers at `group` into `result`."""
     highest, smallest = int32(-1), uint32(0xFFFFFFFF)
     for i in range(size):
-        less_one = _sub(_and(_load(group, i), _MAGNITUDE), 1)  # of zero: the smallest int32, the largest uint32
+        less_one = _sub(_and(load(group, i), _MAGNITUDE), 1)  # of zero: the smallest int32, the largest uint32
         highest, smallest = max(highest, int32(less_one)), min(smallest, less_one)
-    if fast_from and smallest >= _sub(fast_from, 1) and highest < int32(largest):
-        _fast(mode, group, result, size, index, table, k0, k1, k2, always, few, half)
-        return
-    deep = mode == _STOCHASTIC and deep_below != uint32(0) and smallest < _sub(deep_below, 1)
-    written = buffer if deep else result  # `_deep` reads the group again, and they may be the same
-    _general(
-        mode, infinity, group, written, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
-        largest, lowest, signed_zero, few, half,
-    )  # fmt: skip
+    fast = fast_from and smallest >= _sub(fast_from, 1) and highest < int32(largest)
+    deep = mode == _STOCHASTIC and not fast and deep_below != uint32(0) and smallest < _sub(deep_below, 1)
+    # Vector instructions must not write to what they read, and `_deep` reads the group again.
+    written = buffer if deep or group == result else result
+    if fast:
+        _fast(mode, group, written, size, index, table, k0, k1, k2, always, few, half)
+    elif not (deep and highest < int32(_sub(deep_below, 1))):
+        _general(
+            mode, infinity, group, written, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
+            largest, lowest, signed_zero, few, half,
+        )  # fmt: skip
     if deep:
         smallest_value = _shl(_sub(_add(lowest_level, 1), mantissa), 23)
         for start in range(0, size, _DEEP_GROUP):  # a few values like that in every group are common, more are not
             some = min(_DEEP_GROUP, size - start)
             smallest = uint32(0xFFFFFFFF)
             for i in range(start, start + some):
-                smallest = min(smallest, _sub(_and(_load(group, i), _MAGNITUDE), 1))
-            if smallest < _sub(deep_below, 1):
+                smallest = min(smallest, _and(load(group, i), _MAGNITUDE))
+            if smallest < deep_below:
                 place = 4 * start
                 _deep(
                     group + place, buffer + place, some, index if table else _add(index, uint32(start)),
                     table + place if table else 0, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest_value,
                     deep_below, signed_zero, key, block,
                 )  # fmt: skip
+    if written == buffer:
         for i in range(size):
-            _store(result, i, _load(buffer, i))
+            store(result, i, load(buffer, i))
 
 
 # What a kernel reads at `parameters`, as uint32, in this order: see kernels/parameters.py; and of a block, the largest
@@ -318,110 +371,129 @@ PARAMETERS = (
 )
 
 
+# A task begins with the number of the next piece and a place for what a kernel has to say, both 0 at first, the number
+# of pieces, source, target, key and the address of the parameters.
 @cache
 def flat(mode: int, infinity: bool):
-    """kernel(source, target, count, first, key, block, parameters): `count` float32 numbers at `source`, into `target`.
+    """The kernel that rounds `count` float32 numbers at the address `source` into `target`, which may be the same.
 
-    mode: a place in MODES. infinity: whether overflow follows IEEE 754; otherwise it saturates. first: the index of the
-    first element. The addresses `source` and `target` may be the same.
+    mode: a place in MODES. infinity: whether overflow follows IEEE 754; otherwise it saturates. Further fields of the
+    task: count; first, the index of the first number; size, how many of them are a piece. No piece may cross an index
+    that is a multiple of 2**32.
     """
 
-    @njit("void(int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
-    def kernel(source, target, count, first, key, block, parameters):
-        k0, k1, k2 = _words_of(key, block, 0)
-        f0, f1, f2 = _words_of(key, block, 1)
-        always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
-        composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
-        largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
-        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
-        for start in range(0, count, GROUP):
-            _group(
-                mode, infinity, source + 4 * start, target + 4 * start, min(GROUP, count - start),
-                _add(uint32(first), uint32(start)), 0, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level,
-                mantissa, composed, fast_from, deep_below, largest, lowest, signed_zero, few, half, buffer,
-            )  # fmt: skip
+    @cfunc("void(int64)", **KERNEL)
+    def kernel(task):
+        pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
+        parameters, count, first, size = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
+        always, lowest_level, mantissa = load(parameters, 0), load(parameters, 1), load(parameters, 2)
+        composed, fast_from, deep_below = load(parameters, 3), load(parameters, 4), load(parameters, 5)
+        largest, lowest, signed_zero = load(parameters, 6), load(parameters, 7), load(parameters, 8)
+        few, half, buffer = load(parameters, 9), load(parameters, 10), _group_buffer()
+        piece = next_piece(task)
+        while piece < pieces:
+            begin, end = piece * size, min((piece + 1) * size, count)
+            block = (first + begin) >> 32
+            k0, k1, k2 = words_of(key, block, 0)
+            f0, f1, f2 = words_of(key, block, 1)
+            for start in range(begin, end, GROUP):
+                _group(
+                    mode, infinity, source + 4 * start, target + 4 * start, min(GROUP, end - start),
+                    uint32(first + start), 0, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level, mantissa,
+                    composed, fast_from, deep_below, largest, lowest, signed_zero, few, half, buffer,
+                )  # fmt: skip
+            piece = next_piece(task)
 
     return kernel
 
 
 @cache
 def channels_last(mode: int, infinity: bool):
-    """kernel(source, target, first, last, channels, pixels, table, key, block, parameters): as `flat`, for images that
-    lie pixel by pixel, their elements counted channel by channel.
+    """As `flat`, for images that lie pixel by pixel, their elements counted channel by channel, at most 2**32.
 
-    first, last: which units, each of max(1, GROUP // channels) pixels, the last of an image of fewer. table: address of
-    uint32, for each of GROUP elements in memory how far its index lies from the unit's first one.
+    Further fields: units of the whole task; size, how many of them are a piece; channels; pixels of an image; table. A
+    unit is max(1, GROUP // channels) pixels, the last of an image fewer. table: address of uint32, for each of GROUP
+    elements in memory how far its index lies from the unit's first one.
     """
 
-    @njit("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
-    def kernel(
-        source, target, first, last, channels, pixels, table, key, block, parameters
-    ):  # fmt: skip
-        k0, k1, k2 = _words_of(key, block, 0)
-        f0, f1, f2 = _words_of(key, block, 1)
-        always, lowest_level, mantissa = _load(parameters, 0), _load(parameters, 1), _load(parameters, 2)
-        composed, fast_from, deep_below = _load(parameters, 3), _load(parameters, 4), _load(parameters, 5)
-        largest, lowest, signed_zero = _load(parameters, 6), _load(parameters, 7), _load(parameters, 8)
-        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
+    @cfunc("void(int64)", **KERNEL)
+    def kernel(task):
+        pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
+        parameters, all_units, size = field(task, 6), field(task, 7), field(task, 8)
+        channels, pixels, table = field(task, 9), field(task, 10), field(task, 11)
+        k0, k1, k2 = words_of(key, 0, 0)
+        f0, f1, f2 = words_of(key, 0, 1)
+        always, lowest_level, mantissa = load(parameters, 0), load(parameters, 1), load(parameters, 2)
+        composed, fast_from, deep_below = load(parameters, 3), load(parameters, 4), load(parameters, 5)
+        largest, lowest, signed_zero = load(parameters, 6), load(parameters, 7), load(parameters, 8)
+        few, half, buffer = load(parameters, 9), load(parameters, 10), _group_buffer()
         unit = max(1, GROUP // channels)
         units = (pixels + unit - 1) // unit  # of an image
-        for number in range(first, last):
-            image, pixel = number // units, number % units * unit
-            elements = min(unit, pixels - pixel) * channels
-            for start in range(0, elements, GROUP):  # several only where there are more channels than GROUP
-                place = 4 * ((image * pixels + pixel) * channels + start)
-                _group(
-                    mode, infinity, source + place, target + place, min(GROUP, elements - start),
-                    uint32(image * pixels * channels + pixel + start * pixels), table, k0, k1, k2, f0, f1, f2, key,
-                    block, always, lowest_level, mantissa, composed, fast_from, deep_below, largest, lowest,
-                    signed_zero, few, half, buffer,
-                )  # fmt: skip
+        piece = next_piece(task)
+        while piece < pieces:
+            for number in range(piece * size, min((piece + 1) * size, all_units)):
+                image, pixel = number // units, number % units * unit
+                elements = min(unit, pixels - pixel) * channels
+                for start in range(0, elements, GROUP):  # several only where there are more channels than GROUP
+                    place = 4 * ((image * pixels + pixel) * channels + start)
+                    _group(
+                        mode, infinity, source + place, target + place, min(GROUP, elements - start),
+                        uint32(image * pixels * channels + pixel + start * pixels), table, k0, k1, k2, f0, f1, f2,
+                        key, 0, always, lowest_level, mantissa, composed, fast_from, deep_below, largest, lowest,
+                        signed_zero, few, half, buffer,
+                    )  # fmt: skip
+            piece = next_piece(task)
 
     return kernel
 
 
 @cache
 def blocks(mode: int):
-    """kernel(source, target, first, last, length, key, block, parameters) -> int64: as `flat`, for blocks of `length`
-    numbers, from number `first` to before `last`, that have a power of two as scale (formats.BlockFormat).
+    """As `flat`, for blocks of `length` numbers that have a power of two as scale (formats.BlockFormat), at most 2**32.
 
-    Returns whether there was a block so close to float32's smallest numbers that it must be left to another engine;
-    `target` is then of no use.
+    Further fields: how many blocks; size, how many of them are a piece; length. The second field is 1 afterwards where
+    there was a block so close to float32's smallest numbers that it must be left to another engine; `target` is then
+    of no use.
     """
 
-    @njit("int64(int64, int64, int64, int64, int64, int64, int64, int64)", **_OPTIONS)
-    def kernel(source, target, first, last, length, key, block, parameters):
-        k0, k1, k2 = _words_of(key, block, 0)
-        f0, f1, f2 = _words_of(key, block, 1)
-        always, mantissa = _load(parameters, 0), _load(parameters, 2)
-        element_largest, signed_zero = _load(parameters, 6), _load(parameters, 8)
-        few, half, buffer = _load(parameters, 9), _load(parameters, 10), _group_buffer()
-        exponents, type_largest = _load(parameters, 11), _load(parameters, 12)
+    @cfunc("void(int64)", **KERNEL)
+    def kernel(task):
+        pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
+        parameters, count, size, length = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
+        k0, k1, k2 = words_of(key, 0, 0)
+        f0, f1, f2 = words_of(key, 0, 1)
+        always, mantissa = load(parameters, 0), load(parameters, 2)
+        element_largest, signed_zero = load(parameters, 6), load(parameters, 8)
+        few, half, buffer = load(parameters, 9), load(parameters, 10), _group_buffer()
+        exponents, type_largest = load(parameters, 11), load(parameters, 12)
         highest_exponent = _shr(element_largest, 23)
-        for number in range(first, last):
-            begin = source + 4 * number * length
-            amax = uint32(0)
-            for i in range(length):
-                magnitude = _and(_load(begin, i), _MAGNITUDE)
-                amax = max(amax, uint32(0) if magnitude > uint32(_INFINITY) else magnitude)
-            amax = min(amax, type_largest) if amax else uint32(0x3F800000)
-            exponent = _shr(amax, 23)
-            # The element's format, its bias and its largest value moved by the scale.
-            lowest_level = _sub(exponent, exponents)
-            if int32(lowest_level) + int32(always) < 31:
-                return 1
-            largest = _add(element_largest, _shl(_sub(exponent, highest_exponent), 23))
-            fast_from = uint32(0)
-            if signed_zero and mantissa:
-                fast_from = _shl(_add(lowest_level, 1), 23)
-            deep_below = _shl(_sub(_add(lowest_level, always), 29), 23)
-            for start in range(0, length, GROUP):
-                place = 4 * (number * length + start)
-                _group(
-                    mode, False, source + place, target + place, min(GROUP, length - start),
-                    uint32(number * length + start), 0, k0, k1, k2, f0, f1, f2, key, block, always, lowest_level,
-                    mantissa, uint32(0), fast_from, deep_below, largest, largest, signed_zero, few, half, buffer,
-                )  # fmt: skip
-        return 0
+        piece = next_piece(task)
+        while piece < pieces:
+            for number in range(piece * size, min((piece + 1) * size, count)):
+                begin = source + 4 * number * length
+                amax = uint32(0)
+                for i in range(length):
+                    magnitude = _and(load(begin, i), _MAGNITUDE)
+                    amax = max(amax, uint32(0) if magnitude > uint32(_INFINITY) else magnitude)
+                amax = min(amax, type_largest) if amax else uint32(0x3F800000)
+                exponent = _shr(amax, 23)
+                # The element's format, its bias and its largest value moved by the scale.
+                lowest_level = _sub(exponent, exponents)
+                if int32(lowest_level) + int32(always) < 31:
+                    mark(task)
+                    return
+                largest = _add(element_largest, _shl(_sub(exponent, highest_exponent), 23))
+                fast_from = uint32(0)
+                if signed_zero and mantissa:
+                    fast_from = _shl(_add(lowest_level, 1), 23)
+                deep_below = _shl(_sub(_add(lowest_level, always), 29), 23)
+                for start in range(0, length, GROUP):
+                    place = 4 * (number * length + start)
+                    _group(
+                        mode, False, source + place, target + place, min(GROUP, length - start),
+                        uint32(number * length + start), 0, k0, k1, k2, f0, f1, f2, key, 0, always, lowest_level,
+                        mantissa, uint32(0), fast_from, deep_below, largest, largest, signed_zero, few, half, buffer,
+                    )  # fmt: skip
+            piece = next_piece(task)
 
     return kernel

@@ -75,12 +75,14 @@ def quantize(
 
 
 def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, key: Key | None, dim: int) -> Tensor:
-    """In float64, where division by a scale of a power of two and multiplication by any scale are exact.
+    """In float64, where division by a scale of a power of two and multiplication by any scale are exact, and a quotient
+    by a scale of NVFP4 is a tie only where it is one exactly.
 
     Elements count in the order of blocks.rows, the filling at a line's end included.
     """
     rows = blocks.rows(x, fmt, dim)
-    scales = blocks.scales(rows, fmt, torch.finfo(x.dtype).max)  # (blocks, 1)
+    largest = torch.finfo(x.dtype).max
+    scales = blocks.scales(blocks.maxima(rows, largest), fmt, largest)  # (blocks, 1)
     scaled = rows.double() / scales
     rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key).view(rows.shape)
     return blocks.restore((rounded * scales).to(x.dtype), x, fmt, dim)

@@ -1,27 +1,31 @@
 """The fused engine: one pass over memory on all cores, bit for bit what kernels/eager.py gives.
 
-The loops are in kernels/compiled.py. As many threads as torch has take pieces of the tensor in turn.
+The loops are in kernels/compiled.py. As many threads as torch has take pieces of the tensor in turn; where torch has
+them from GNU OpenMP, as on Linux, they are the same threads, which wait for work when an operation of torch ends.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import os
-from collections.abc import Callable
+from array import array
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from formats import BlockFormat, FewBits, Format, Overflow, Rounding
-from kernels import blocks, compiled, eager
+from kernels import blocks, compiled, eager, wide
 from kernels.noise import Key
-from kernels.parameters import bits, parameters
+from kernels.parameters import bits, parameters, wide_parameters
 
-PIECE = 2**17  # elements that a thread takes at a time; a smaller tensor is done by the calling thread alone
-_HALF_PIECE = 2**14  # of a float16 or bfloat16 tensor, converted in the cache
+PIECE = 2**15  # elements that a thread takes at a time
+_ALONE = 2**16  # up to so many elements, the calling thread does the work alone
+_HALVES = 2**18  # how many of a float16 or bfloat16 tensor are float32 numbers at a time, in the cache
 
 
 def quantize(
@@ -33,10 +37,12 @@ def quantize(
     dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Round `x` of any shape and strides, on the CPU; see quant.quantize. float64 and nvfp4 are left to eager."""
+    """Round `x` of any shape and strides, on the CPU; see quant.quantize. Few rare cases are left to eager."""
     if isinstance(fmt, BlockFormat):
         return _quantize_blocks(x, fmt, rounding, overflow, key, dim, out)
-    if x.dtype == torch.float64 or (key is not None and x.numel() > 2**32 and not x.is_contiguous()):
+    if x.dtype == torch.float64:
+        return _quantize_float64(x, fmt, rounding, overflow, key, out)
+    if key is not None and x.numel() > 2**32 and not x.is_contiguous():
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     mode, address, _ = _parameters(fmt, rounding)
     infinity = overflow is Overflow.INFINITY
@@ -69,43 +75,27 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _flat(kernel: Callable, x: Tensor, result: Tensor, key: Key | None, address: int) -> None:
-    count, source, target = x.numel(), x.data_ptr(), result.data_ptr()
-    if x.dtype != torch.float32:
-        flat, rounded = x.view(-1), result.view(-1)
-
-        def convert(start: int) -> None:
-            piece = flat[start : start + _HALF_PIECE].float()
-            kernel(piece.data_ptr(), piece.data_ptr(), len(piece), start % 2**32, *_key(key, start), address)
-            rounded[start : start + _HALF_PIECE].copy_(piece)
-
-        _share(convert, range(0, count, _HALF_PIECE))
-    elif count <= PIECE:
-        kernel(source, target, count, 0, *_key(key), address)
-    else:
-
-        def piece(start: int) -> None:
-            size = min(PIECE, count - start)
-            kernel(source + 4 * start, target + 4 * start, size, start % 2**32, *_key(key, start), address)
-
-        _share(piece, range(0, count, PIECE))
-
-
-def _channels_last(kernel: Callable, x: Tensor, result: Tensor, key: Key, address: int) -> None:
-    images, channels = x.shape[:2]
-    pixels = x[0, 0].numel() if images and channels else 0
-    if not pixels:
+def _flat(kernel: CFunc, x: Tensor, result: Tensor, key: Key | None, address: int) -> None:
+    count, words = x.numel(), _key(key)
+    if x.dtype == torch.float32:
+        _run(kernel, count, PIECE, x.data_ptr(), result.data_ptr(), words, address, count, 0, PIECE)
         return
+    flat, rounded = x.view(-1), result.view(-1)
+    for start in range(0, count, _HALVES):
+        piece = flat[start : start + _HALVES].float()
+        place, size = piece.data_ptr(), len(piece)
+        _run(kernel, size, PIECE, place, place, words, address, size, start, PIECE)
+        rounded[start : start + _HALVES].copy_(piece)
+
+
+def _channels_last(kernel: CFunc, x: Tensor, result: Tensor, key: Key, address: int) -> None:
+    images, channels = x.shape[:2]
+    pixels = x[0, 0].numel()
     table, unit = _table(channels, pixels)
     units = images * -(-pixels // unit)
     many = max(1, PIECE // (unit * channels))
-    source, target, words = x.data_ptr(), result.data_ptr(), _key(key)
-
-    def piece(first: int) -> None:
-        last = min(first + many, units)
-        kernel(source, target, first, last, channels, pixels, table.ctypes.data, *words, address)
-
-    _share(piece, range(0, units, many))
+    places = x.data_ptr(), result.data_ptr(), _key(key), address
+    _run(kernel, units, many, *places, units, many, channels, pixels, table.ctypes.data)
 
 
 @lru_cache(maxsize=256)
@@ -114,6 +104,21 @@ def _table(channels: int, pixels: int) -> tuple[np.ndarray, int]:
     places = np.arange(compiled.GROUP, dtype=np.uint64)
     table = (places // channels + places % channels * pixels).astype(np.uint32)
     return table, max(1, compiled.GROUP // channels)
+
+
+def _quantize_float64(
+    x: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None, out: Tensor | None
+) -> Tensor:
+    mode, address, _ = _wide_parameters(fmt, rounding)
+    source, count = x.contiguous(), x.numel()
+    rounded = torch.empty_like(source)
+    kernel = wide.flat(mode, overflow is Overflow.INFINITY)
+    places = source.data_ptr(), rounded.data_ptr(), _key(key), address
+    if _run(kernel, count, PIECE, *places, count, 0, PIECE):
+        return eager.quantize(x, fmt, rounding, overflow, key, out=out)
+    if out is None:
+        out = rounded if x.is_contiguous() else torch.empty_like(x)
+    return out if out is rounded else out.copy_(rounded)
 
 
 def _quantize_blocks(
@@ -125,28 +130,34 @@ def _quantize_blocks(
     dim: int,
     out: Tensor | None,
 ) -> Tensor:
-    if x.dtype == torch.float64 or fmt.scale is not None:
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
-    mode, address, _ = _parameters(fmt.element, rounding, x.dtype)
-    rows = blocks.rows(x, fmt, dim).float()
-    rounded = torch.empty_like(rows)
-    count, length = rows.shape
-    kernel, source, target = compiled.blocks(mode), rows.data_ptr(), rounded.data_ptr()
-    words = _key(key)
-    left = []
-    if rows.numel() > 2**32:
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
-    many = max(1, PIECE // max(1, length))
-
-    def piece(first: int) -> None:
-        if kernel(source, target, first, min(first + many, count), length, *words, address):
-            left.append(first)
-
-    _share(piece, range(0, count, many))
+    rows = blocks.rows(x, fmt, dim)
+    left = x.dtype == torch.float64 or rows.numel() > 2**32
+    if not left:
+        rows = rows.float()
+        rounded = torch.empty_like(rows)
+        count, length = rows.shape
+        many = max(1, PIECE // max(1, length))
+        if fmt.scale is None:
+            mode, address, _ = _parameters(fmt.element, rounding, x.dtype)
+            kernel, more = compiled.blocks(mode), ()
+        else:
+            mode, address, _ = _wide_parameters(fmt.element, rounding)
+            scales = _scales(rows, fmt, torch.finfo(x.dtype).max)
+            kernel, more = wide.scaled(mode), (scales.data_ptr(),)
+        places = rows.data_ptr(), rounded.data_ptr(), _key(key), address
+        left = _run(kernel, count, many, *places, count, many, length, *more)
     if left:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     result = blocks.restore(rounded.to(x.dtype), x, fmt, dim)
     return result if out is None else out.copy_(result)
+
+
+def _scales(rows: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
+    count, length = rows.shape
+    maxima = torch.empty(count, 1)
+    many = max(1, PIECE // max(1, length))
+    _run(wide.maxima(), count, many, rows.data_ptr(), maxima.data_ptr(), 0, 0, count, many, length, bits(largest))
+    return blocks.scales(maxima, fmt, largest)
 
 
 @lru_cache(maxsize=1024)
@@ -159,37 +170,58 @@ def _parameters(
     return values["mode"], array.ctypes.data, array
 
 
-def _key(key: Key | None, start: int = 0) -> tuple[int, int]:
-    """The kernels' key and block of 2**32 elements, for elements from `start` on."""
+@lru_cache(maxsize=1024)
+def _wide_parameters(fmt: Format, rounding: Rounding | FewBits) -> tuple[int, int, np.ndarray]:
+    """As `_parameters`, of wide.PARAMETERS."""
+    values = wide_parameters(fmt, rounding)
+    array = np.array([values[name] for name in wide.PARAMETERS], dtype=np.int64)
+    return values["mode"], array.ctypes.data, array
+
+
+def _key(key: Key | None) -> int:
     value = 0 if key is None else key.value
-    return value - 2**64 if value >= 2**63 else value, start >> 32  # as int64, which is what they take
+    return value - 2**64 if value >= 2**63 else value  # as int64, which is what kernels take
 
 
-# The threads. Not numba's own: those crash when two threads of Python use them, or after a fork.
+def _run(kernel: CFunc, count: int, size: int, source: int, target: int, key: int, address: int, *more: int) -> int:
+    """Has `count` things done, `size` of them a piece, by as many threads as torch has; returns what it says."""
+    pieces = -(-count // size)
+    task = array("q", (0, 0, pieces, source, target, key, address, *more))
+    place = task.buffer_info()[0]
+    threads = min(torch.get_num_threads(), pieces) if pieces * PIECE > _ALONE else 1
+    if threads < 2:
+        kernel.ctypes(place)
+    elif _gomp_parallel:
+        _gomp_parallel(kernel.address, place, threads, 0)
+    else:
+        _in_pool(kernel, place, threads)
+    return task[1]
+
+
+def _find_gomp_parallel() -> Any | None:
+    """What compilers call for `#pragma omp parallel` (GNU libgomp's ABI, which LLVM's library has on Linux too)."""
+    try:
+        openmp = ctypes.CDLL(None)  # torch brings its own library along, and shows it to all
+        found, pause = openmp.GOMP_parallel, openmp.omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):  # another system's, another OpenMP
+        return None
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    # A child process would wait for its parent's threads for ever, in torch's operations too. So they end at a fork.
+    os.register_at_fork(before=lambda: pause(_HARD))
+    return found
+
+
+_HARD = 2  # omp_pause_hard
+_gomp_parallel = _find_gomp_parallel()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # of this process, for so many threads
 
 
-def _share(work: Callable[[int], None], starts: range) -> None:
-    """Calls work(start) for each of `starts`, on as many threads as torch.get_num_threads(); raises what it raises."""
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads < 2:
-        for start in starts:
-            work(start)
-        return
+def _in_pool(kernel: CFunc, place: int, threads: int) -> None:
+    """For systems without GNU OpenMP. Not numba's threads: those crash when two threads of Python use them."""
     global _pool
     process = os.getpid()
     if _pool is None or _pool[0] != process or _pool[1] < threads:
         _pool = (process, threads, ThreadPoolExecutor(threads - 1, "quantize"))
-    turn = itertools.count()
-
-    def take() -> None:
-        while (number := next(turn)) < len(starts):
-            work(starts[number])
-
-    others = [_pool[2].submit(take) for _ in range(threads - 1)]
-    try:
-        take()
-    finally:
-        wait(others)  # before the memory that they write to may go
-    for other in others:
-        other.result()
+    others = [_pool[2].submit(kernel.ctypes, place) for _ in range(threads - 1)]
+    kernel.ctypes(place)
+    wait(others)  # before the memory that they write to may go

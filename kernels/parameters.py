@@ -42,6 +42,27 @@ def parameters(fmt: Format, rounding: Rounding | FewBits) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=1024)
+def wide_parameters(fmt: Format, rounding: Rounding | FewBits) -> dict[str, int]:
+    """The same of float64 numbers and their bits, for kernels/wide.py."""
+    few = isinstance(rounding, FewBits)
+    return {
+        "mode": MODES.index("few" if few else rounding.value),
+        "always": 52 - fmt.mantissa_bits,
+        "lowest_level": 1023 - fmt.bias,
+        "mantissa": fmt.mantissa_bits,
+        "largest": _bits64(fmt.largest),
+        "lowest": _bits64(-fmt.lowest),
+        "signed_zero": -1 if fmt.has_negative_zero else 0,
+        "few": rounding.bits if few else 0,
+        "half": -1 if few and rounding.half_offset else 0,
+    }
+
+
+def _bits64(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
 def bits(value: float) -> int:
     """Those of a float32 number >= 0."""
     return struct.unpack("<I", struct.pack("<f", value))[0]

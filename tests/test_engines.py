@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_strided_numbers(rounding):
 
 @pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.STOCHASTIC, FewBits(4)], ids=str)
 def test_many_threads(rounding):
-    """Pieces of 2**17 elements, taken in turn; and half precision, converted piece by piece."""
+    """Pieces that are taken in turn; and half precision, converted piece by piece."""
     x = torch.randn(700_001, generator=torch.Generator().manual_seed(3)) * 1e-3
     threads, found = torch.get_num_threads(), []
     try:
@@ -128,6 +129,21 @@ def test_many_threads(rounding):
         assert same(quick, slow)
         assert same(half, half_slow)
         assert same(quick, found[0][0])
+
+
+@pytest.mark.parametrize("name", ["float8", "e2m0", "e8m3", "e2m23", "float32", "fixed8.4", "fixed3.5"])
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("overflow", list(Overflow), ids=str)
+def test_fused_is_eager_in_float64(name, rounding, overflow):
+    fmt = format_named(name)
+    if overflow is Overflow.INFINITY and not fmt.has_infinity:
+        fmt = replace(fmt, has_infinity=True)
+    g = torch.Generator().manual_seed(9)
+    x = torch.randint(-(2**63), 2**63 - 1, (N,), dtype=torch.int64, generator=g).view(torch.float64)
+    for kind in (x, *(numbers()[k].double() * (1 + 2.0**-40) for k in ("1", "1e-07", "1e+08", "any"))):
+        assert same(*both(kind, fmt, rounding, overflow))
+    for view in (x[: 70 * 70].reshape(70, 70).T, x[::3], x[:0]):
+        assert same(*both(view, fmt, rounding, overflow))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -227,8 +243,7 @@ def test_values_so_small_that_two_words_do_not_decide(zeros):
         )
         mode, address, _ = fused._parameters(fmt, Rounding.STOCHASTIC)
         quick = torch.empty(1)
-        kernel = compiled.flat(mode, False)
-        kernel(x.data_ptr(), quick.data_ptr(), 1, index, value, 0, address)
+        fused._run(compiled.flat(mode, False), 1, 1, x.data_ptr(), quick.data_ptr(), value, address, 1, index, 1)
         assert same(slow, quick)
         ups += int(slow > 0)
     further = zeros - 32
@@ -236,7 +251,13 @@ def test_values_so_small_that_two_words_do_not_decide(zeros):
     assert abs(ups - expected) <= 5 * math.sqrt(expected) + 1
 
 
-def test_a_thread_pool_survives_a_fork():
+def test_threads_without_gnu_openmp(monkeypatch):
+    monkeypatch.setattr(fused, "_gomp_parallel", None)
+    test_many_threads(Rounding.STOCHASTIC)
+    assert fused._pool is not None
+
+
+def test_threads_survive_a_fork():
     code = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])

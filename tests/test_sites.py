@@ -18,6 +18,7 @@ import models
 from formats import NAMED, SITES, Format, Overflow, Rounding, Rule, format_named
 from kernels.noise import Key
 from quant import LayerRounding, LowPrecision, Scheme, quantize
+from sites import Round
 
 FLOAT8 = NAMED["float8"]
 ALL = SITES[:-1]  # without the accumulator
@@ -225,6 +226,37 @@ def test_chosen_sites_hold_values_of_the_format_and_no_others(sites, rounding):
     }  # fmt: skip
     for site in ALL:
         assert all(holds(tensor, FLOAT8) for tensor in seen[site]) == (site in sites), site
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("sites", [("activations",), ("errors",), ALL], ids=str)
+def test_outputs_are_rounded_in_place_where_nobody_has_seen_them(name, sites, monkeypatch):
+    """With a hook before ours, a layer's output is rounded into a new tensor: the same bits."""
+    trained, places, made = [], [], []
+    forward = Round.forward
+    monkeypatch.setattr(Round, "forward", staticmethod(lambda *given: made.append(given) or forward(*given)))
+    for hooked in (False, True):
+        model = small(name)
+        seen = []
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        if hooked:
+            for layer in layers:
+                layer.register_forward_hook(
+                    lambda layer, _, output, seen=seen: seen.append((output, output.detach().clone()))
+                )
+        low = LowPrecision(model, Scheme(rules(sites, "float8", "stochastic"), seed=5))
+        for layer in layers:
+            layer.register_forward_hook(lambda layer, _, output: places.append(output.data_ptr()))
+        optimizer = low.attach(torch.optim.SGD(model.parameters(), 0.1, 0.9))
+        train(model, low, optimizer, name, range(3))
+        trained.append(parameters(model))
+        assert all(torch.equal(output, copy) for output, copy in seen)  # what was seen stays
+        if hooked and sites != ("errors",):
+            pairs = zip(seen, places[-len(seen) :], strict=True)
+            assert all(output.data_ptr() != place for (output, _), place in pairs)
+        if not hooked and sites == ("activations",):
+            assert not made  # no new tensor
+    assert equal(*trained)
 
 
 def test_a_site_in_float32_is_not_rounded():
