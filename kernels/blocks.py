@@ -66,14 +66,24 @@ def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
         exponent = torch.frexp(largest_in)[1] - math.frexp(fmt.element.largest)[1]
         scale = torch.ldexp(torch.ones_like(largest_in), exponent.clamp(-127, 127))
     else:
-        # The largest value, element.largest times a scale that was rounded up by at most 1/16, must stay finite.
-        wanted = largest_in.clamp(max=largest * (15 / 16)) / fmt.element.largest
-        mantissa, exponent = torch.frexp(wanted.amax() / fmt.scale.largest)
-        exponent = torch.where(mantissa > 0.5, exponent, exponent - 1)  # the smallest power of two not below
-        # Within float32's range, all products of a value, a scale and this are float32 numbers.
-        tensor = torch.ldexp(torch.ones_like(wanted[:1]), exponent.clamp(-120, 127))
+        wanted = largest_in.clamp(max=counted(largest)) / fmt.element.largest
+        tensor = tensor_scale(float(largest_in.amax()), fmt, largest)
         wanted = (wanted / tensor).clamp(fmt.scale.smallest_subnormal, fmt.scale.largest)
         place = torch.frexp(wanted.clamp(min=fmt.scale.smallest_normal))[1] - fmt.scale.mantissa_bits - 1
         step = torch.ldexp(torch.ones_like(wanted), place)
         scale = (wanted / step).round() * step * tensor  # ties to even
     return scale.masked_fill(largest_in == 0, 1.0)
+
+
+def counted(largest: float) -> float:
+    """The largest magnitude that a scale of NVFP4 follows: element.largest times it, rounded up by at most 1/16, must
+    stay finite.
+    """
+    return largest * (15 / 16)
+
+
+def tensor_scale(largest_in: float, fmt: BlockFormat, largest: float) -> float:
+    """The tensor's own scale, a power of two, where a block's is a number of a format; largest_in: of all elements."""
+    mantissa, exponent = math.frexp(min(largest_in, counted(largest)) / fmt.element.largest / fmt.scale.largest)
+    exponent -= mantissa <= 0.5  # the smallest power of two not below
+    return math.ldexp(1.0, min(max(exponent, -120), 127))  # all products of a value, a scale and this: float32 numbers

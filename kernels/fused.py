@@ -7,6 +7,7 @@ them from GNU OpenMP, as on Linux, they are the same threads, which wait for wor
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from torch import Tensor
 from formats import BlockFormat, FewBits, Format, Overflow, Rounding
 from kernels import blocks, compiled, eager, wide
 from kernels.noise import Key
-from kernels.parameters import bits, parameters, wide_parameters
+from kernels.parameters import bits, bits64, parameters, wide_parameters
 
 PIECE = 2**15  # elements that a thread takes at a time
 _ALONE = 2**16  # up to so many elements, the calling thread does the work alone
@@ -112,10 +113,8 @@ def _quantize_float64(
     mode, address, _ = _wide_parameters(fmt, rounding)
     source, count = x.contiguous(), x.numel()
     rounded = torch.empty_like(source)
-    kernel = wide.flat(mode, overflow is Overflow.INFINITY)
     places = source.data_ptr(), rounded.data_ptr(), _key(key), address
-    if _run(kernel, count, PIECE, *places, count, 0, PIECE):
-        return eager.quantize(x, fmt, rounding, overflow, key, out=out)
+    _run(wide.flat(mode, overflow is Overflow.INFINITY), count, PIECE, *places, count, 0, PIECE)
     if out is None:
         out = rounded if x.is_contiguous() else torch.empty_like(x)
     return out if out is rounded else out.copy_(rounded)
@@ -131,33 +130,61 @@ def _quantize_blocks(
     out: Tensor | None,
 ) -> Tensor:
     rows = blocks.rows(x, fmt, dim)
-    left = x.dtype == torch.float64 or rows.numel() > 2**32
-    if not left:
-        rows = rows.float()
-        rounded = torch.empty_like(rows)
-        count, length = rows.shape
-        many = max(1, PIECE // max(1, length))
-        if fmt.scale is None:
-            mode, address, _ = _parameters(fmt.element, rounding, x.dtype)
-            kernel, more = compiled.blocks(mode), ()
-        else:
-            mode, address, _ = _wide_parameters(fmt.element, rounding)
-            scales = _scales(rows, fmt, torch.finfo(x.dtype).max)
-            kernel, more = wide.scaled(mode), (scales.data_ptr(),)
-        places = rows.data_ptr(), rounded.data_ptr(), _key(key), address
-        left = _run(kernel, count, many, *places, count, many, length, *more)
+    if x.dtype == torch.float64 or rows.numel() > 2**32:
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+    rows, largest = rows.float(), torch.finfo(x.dtype).max
+    rounded = torch.empty_like(rows)
+    count, length = rows.shape
+    places, many = (rows.data_ptr(), rounded.data_ptr(), _key(key)), max(1, PIECE // max(1, length))
+    if fmt.scale is not None:
+        mode, address, _ = _wide_parameters(fmt.element, rounding)
+        maxima = _maxima(rows, largest)
+        tensor = blocks.tensor_scale(float(maxima.amax()), fmt, largest)
+        numbers = blocks.counted(largest), fmt.element.largest, tensor, fmt.scale.largest, fmt.scale.smallest_subnormal
+        exponent = math.frexp(fmt.scale.smallest_normal)[1] - 1
+        more = maxima.data_ptr(), *map(bits64, numbers), exponent, fmt.scale.mantissa_bits
+        left = _run(wide.scaled(mode), count, many, *places, address, count, many, length, *more)
+    elif count == 1 and length > _ALONE:  # threads share the block, whose scale is known before
+        mode, _, values = _parameters(fmt.element, rounding)
+        whole = length - length % PIECE
+        pieces = _maxima(rows[:, :whole].view(-1, PIECE), largest), _maxima(rows[:, whole:], largest)
+        values = _of_block(values, bits(float(torch.cat(pieces).amax())))
+        left = values is None
+        if not left:
+            _run(compiled.flat(mode, False), length, PIECE, *places, values.ctypes.data, length, 0, PIECE)
+    else:
+        mode, address, _ = _parameters(fmt.element, rounding, x.dtype)
+        left = _run(compiled.blocks(mode), count, many, *places, address, count, many, length)
     if left:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     result = blocks.restore(rounded.to(x.dtype), x, fmt, dim)
     return result if out is None else out.copy_(result)
 
 
-def _scales(rows: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
+def _maxima(rows: Tensor, largest: float) -> Tensor:
+    """blocks.maxima of float32 numbers: (blocks,)."""
     count, length = rows.shape
-    maxima = torch.empty(count, 1)
-    many = max(1, PIECE // max(1, length))
+    maxima, many = torch.empty(count), max(1, PIECE // max(1, length))
     _run(wide.maxima(), count, many, rows.data_ptr(), maxima.data_ptr(), 0, 0, count, many, length, bits(largest))
-    return blocks.scales(maxima, fmt, largest)
+    return maxima
+
+
+def _of_block(values: np.ndarray, amax: int) -> np.ndarray | None:
+    """As compiled.blocks does for each block: compiled.PARAMETERS of its numbers, by the bits of its largest magnitude.
+
+    None where that is left to another engine.
+    """
+    of = dict(zip(compiled.PARAMETERS, map(int, values), strict=True))
+    exponent = (amax or bits(1.0)) >> 23
+    lowest_level = exponent - of["exponents"]
+    if lowest_level + of["always"] < 31:
+        return None
+    largest = of["largest"] + ((exponent - (of["largest"] >> 23)) << 23)
+    of |= {"lowest_level": lowest_level, "largest": largest, "lowest": largest, "composed": 0, "fast_from": 0}
+    if of["signed_zero"] and of["mantissa"]:
+        of["fast_from"] = (lowest_level + 1) << 23
+    of["deep_below"] = (lowest_level + of["always"] - 29) << 23
+    return np.array([of[name] for name in compiled.PARAMETERS], dtype=np.uint32)
 
 
 @lru_cache(maxsize=1024)

@@ -51,15 +51,16 @@ def wide_parameters(fmt: Format, rounding: Rounding | FewBits) -> dict[str, int]
         "always": 52 - fmt.mantissa_bits,
         "lowest_level": 1023 - fmt.bias,
         "mantissa": fmt.mantissa_bits,
-        "largest": _bits64(fmt.largest),
-        "lowest": _bits64(-fmt.lowest),
+        "largest": bits64(fmt.largest),
+        "lowest": bits64(-fmt.lowest),
         "signed_zero": -1 if fmt.has_negative_zero else 0,
         "few": rounding.bits if few else 0,
         "half": -1 if few and rounding.half_offset else 0,
     }
 
 
-def _bits64(value: float) -> int:
+def bits64(value: float) -> int:
+    """Those of a float64 number."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 

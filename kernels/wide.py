@@ -10,12 +10,13 @@ from llvmlite import ir
 from numba import cfunc, float32, float64, int64, njit, types, uint32
 from numba.extending import intrinsic
 
-from kernels.compiled import KERNEL, as_bits, as_float, field, load, mark, next_piece, store, word, words_of
+from kernels.compiled import KERNEL, as_bits, as_float, field, load, next_piece, store, word, words_of
 from kernels.noise import LOW_WORD
 from kernels.parameters import MODES
 
 _MAGNITUDE, _INFINITY, _MOST_DROPPED = 2**63 - 1, 0x7FF << 52, 59  # as eager._DOUBLE
 _MAGNITUDE32, _INFINITY32 = 0x7FFFFFFF, 0x7F800000
+_GROUP = 64
 _NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = range(len(MODES))
 
 
@@ -44,7 +45,7 @@ def _round(
     mode, infinity, bits, index, k0, k1, k2, l0, l1, l2, always, lowest_level, mantissa, largest, lowest, signed_zero,
     few, half,
 ):  # fmt: skip
-    """eager._round_block for one number: its bits, and 1 if more random bits must decide, else 0."""
+    """eager._round_block for one number: its bits, and whether `_deep` must decide, a negative number then."""
     magnitude, sign = bits & _MAGNITUDE, bits >> 63
     scale = max((magnitude >> 52) - 1, 0)
     significand = magnitude - (scale << 52)
@@ -95,15 +96,38 @@ def _round(
     return result | negative, deep
 
 
+@njit(inline="always")
+def _is_deep(bits, lowest_level, always):
+    magnitude = bits & _MAGNITUDE
+    return magnitude > 0 and lowest_level + always - _MOST_DROPPED > max((magnitude >> 52) - 1, 0)
+
+
+@njit
+def _deep(bits, index, block, key, always, lowest_level, smallest, signed_zero):
+    """eager._round_deep for one number: its bits."""
+    magnitude, negative = bits & _MAGNITUDE, (bits >> 63) << 63
+    scale = max((magnitude >> 52) - 1, 0)
+    significand, left = magnitude - (scale << 52), max(scale, lowest_level) - scale + always - 53
+    while significand < 1 << 52:  # a subnormal number
+        significand, left = significand << 1, left + 1
+    high, low = words_of(key, block, 0), words_of(key, block, LOW_WORD)
+    noise = (int64(word(index, high[0], high[1], high[2])) << 32) | int64(word(index, low[0], low[1], low[2]))
+    up, draw = ((noise >> 11) & (2**53 - 1)) < significand, 1
+    while up and left > 0:
+        k0, k1, k2 = words_of(key, block, draw)
+        up = int64(word(index, k0, k1, k2)) >> (32 - min(left, 32)) == 0
+        left -= 32
+        draw += 1
+    return smallest | negative if up else negative & signed_zero
+
+
 # What a kernel reads at `parameters`, as int64, in this order: see kernels/parameters.py.
 PARAMETERS = ("always", "lowest_level", "mantissa", "largest", "lowest", "signed_zero", "few", "half")
 
 
 @cache
 def flat(mode: int, infinity: bool):
-    """As compiled.flat, for float64 numbers. The task's second field is 1 afterwards where there was a number so small
-    that more random bits must decide, and `target` is then of no use.
-    """
+    """As compiled.flat, for float64 numbers."""
 
     @cfunc("void(int64)", **KERNEL)
     def kernel(task):
@@ -111,24 +135,31 @@ def flat(mode: int, infinity: bool):
         parameters, count, first, size = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
         always, lowest_level, mantissa = field(parameters, 0), field(parameters, 1), field(parameters, 2)
         largest, lowest, signed_zero = field(parameters, 3), field(parameters, 4), field(parameters, 5)
-        few, half = field(parameters, 6), field(parameters, 7)
+        few, half, smallest = field(parameters, 6), field(parameters, 7), (lowest_level + (1 - mantissa)) << 52
         piece = next_piece(task)
         while piece < pieces:
             begin, end = piece * size, min((piece + 1) * size, count)
             block = (first + begin) >> 32
             k0, k1, k2 = words_of(key, block, 0)
             l0, l1, l2 = words_of(key, block, LOW_WORD)
-            undecided = int64(0)
-            for i in range(begin, end):
-                rounded, deep = _round(
-                    mode, infinity, field(source, i), uint32(first + i), k0, k1, k2, l0, l1, l2, always, lowest_level,
-                    mantissa, largest, lowest, signed_zero, few, half,
-                )  # fmt: skip
-                undecided |= deep
-                _store64(target, i, rounded)
-            if undecided < 0:
-                mark(task)
-                return
+            for start in range(begin, end, _GROUP):
+                undecided = int64(0)
+                stop = min(start + _GROUP, end)
+                for i in range(start, stop):
+                    rounded, deep = _round(
+                        mode, infinity, field(source, i), uint32(first + i), k0, k1, k2, l0, l1, l2, always,
+                        lowest_level, mantissa, largest, lowest, signed_zero, few, half,
+                    )  # fmt: skip
+                    undecided |= deep
+                    _store64(target, i, rounded)
+                if undecided < 0:
+                    for i in range(start, stop):
+                        if _is_deep(field(source, i), lowest_level, always):
+                            rounded = _deep(
+                                field(source, i), uint32(first + i), block, key, always, lowest_level, smallest,
+                                signed_zero,
+                            )  # fmt: skip
+                            _store64(target, i, rounded)
             piece = next_piece(task)
 
     return kernel
@@ -136,10 +167,13 @@ def flat(mode: int, infinity: bool):
 
 @cache
 def scaled(mode: int):
-    """As compiled.blocks, for float32 numbers in blocks of any scale.
+    """As compiled.blocks, for float32 numbers in blocks whose scale is no power of two (blocks.scales), but one of a
+    format times `tensor`, a power of two.
 
-    Further fields: how many blocks; size, how many of them are a piece; length; the address of the scales, float64. The
-    second field is 1 afterwards where there was a number so small, beside its scale, that more random bits must decide.
+    Further fields: how many blocks; size, how many of them are a piece; length; the address of the largest magnitude of
+    each block; the bits of five float64 numbers: the largest magnitude that counts, the element's largest value,
+    `tensor`, the scale's largest and smallest value; and, of the scale's smallest normal value and last place, the
+    exponents of two.
     """
 
     @cfunc("void(int64)", **KERNEL)
@@ -148,14 +182,24 @@ def scaled(mode: int):
         parameters, count, size, length = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
         always, lowest_level, mantissa = field(parameters, 0), field(parameters, 1), field(parameters, 2)
         largest, lowest, signed_zero = field(parameters, 3), field(parameters, 4), field(parameters, 5)
-        few, half, scales = field(parameters, 6), field(parameters, 7), field(task, 10)
+        few, half, smallest = field(parameters, 6), field(parameters, 7), (lowest_level + (1 - mantissa)) << 52
+        maxima, most = field(task, 10), _as_double(field(task, 11))
+        element_largest, tensor = _as_double(field(task, 12)), _as_double(field(task, 13))
+        scale_largest, scale_smallest = _as_double(field(task, 14)), _as_double(field(task, 15))
+        lowest_exponent, digits = field(task, 16), field(task, 17)
         k0, k1, k2 = words_of(key, 0, 0)
         l0, l1, l2 = words_of(key, 0, LOW_WORD)
         piece = next_piece(task)
         while piece < pieces:
-            undecided = int64(0)
             for number in range(piece * size, min((piece + 1) * size, count)):
-                scale = _as_double(field(scales, number))
+                amax = float64(as_float(load(maxima, number)))
+                wanted = min(amax, most) / element_largest / tensor
+                wanted = max(min(wanted, scale_largest), scale_smallest)
+                exponent = max((_as_bits64(wanted) >> 52) - 1023, lowest_exponent)
+                step = _as_double((exponent - digits + 1023) << 52)
+                scale = (wanted / step + 2.0**52 - 2.0**52) * step * tensor  # the sum rounds ties to even
+                scale = scale if amax > 0 else 1.0
+                undecided = int64(0)
                 for i in range(number * length, (number + 1) * length):
                     quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
                     rounded, deep = _round(
@@ -164,9 +208,12 @@ def scaled(mode: int):
                     )  # fmt: skip
                     undecided |= deep
                     store(target, i, as_bits(float32(_as_double(rounded) * scale)))
-            if undecided < 0:
-                mark(task)
-                return
+                if undecided < 0:
+                    for i in range(number * length, (number + 1) * length):
+                        quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
+                        if _is_deep(quotient, lowest_level, always):
+                            rounded = _deep(quotient, uint32(i), 0, key, always, lowest_level, smallest, signed_zero)
+                            store(target, i, as_bits(float32(_as_double(rounded) * scale)))
             piece = next_piece(task)
 
     return kernel

@@ -85,6 +85,18 @@ def test_fused_is_eager_in_blocks(name, rounding):
         assert same(*both(x, fmt, rounding, dim=min(1, max(x.ndim - 1, 0)) if x.ndim else -1))
 
 
+@pytest.mark.parametrize("name", ["bfp2", "bfp8", "bfp24", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("rounding", [Rounding.NEAREST, Rounding.UP, Rounding.STOCHASTIC, FewBits(4)], ids=str)
+def test_fused_is_eager_in_a_block_that_threads_share(name, rounding):
+    for scale in (1.0, 1e-37, 1e30):
+        x = numbers(70_001)["1"] * scale
+        assert same(*both(x, format_named(name), rounding))
+        x[7], x[70_000], x[3] = -math.inf, math.nan, 0.0
+        assert same(*both(x, format_named(name), rounding))
+        x[70_000] = 1.0  # torch's conversions to bfloat16 give a NaN now these bits, now those
+        assert same(*both(x.bfloat16(), format_named(name), rounding))
+
+
 LAYOUTS = [(3, 3, 5, 7), (2, 16, 9, 9), (2, 300, 3, 3), (5, 1, 4, 4), (1, 257, 2, 2), (2, 64, 1, 1), (3, 10, 4, 4, 3)]
 
 
