@@ -102,20 +102,25 @@ class Weights:
         for held in (self.weights, self.accumulator, self.masters, self.rounded_at, self._seen):
             held.pop(p, None)
 
-    def _weight(self, p: Tensor) -> Tensor:
-        """What the parameter is, or should be: its accumulator, or what it is now, rounded."""
+    def _weight(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the parameter is, or should be: its accumulator, or what it is now, rounded, into `out` if given."""
         value = self.masters.get(p, p)
         step, call = self.rounded_at[p]
-        return self.weights[p](value, call, step) if p in self.weights else value
+        if p in self.weights:
+            return self.weights[p](value, call, step, out=out)
+        return value if out is None else out.copy_(value)
 
     @torch.no_grad()
     def _take(self, p: Tensor, call: int = 0) -> None:
         """Takes over what the parameter is now: rounded, through the accumulator where there is one."""
         self.rounded_at[p] = self.clock.step, call
         if p in self.masters:
-            round_ = self.accumulator[p]
-            self.masters[p].copy_(round_(p, call) if round_ else p)
-        p.copy_(self._weight(p))
+            round_, master = self.accumulator[p], self.masters[p]
+            if round_:
+                round_(p, call, out=master)
+            else:
+                master.copy_(p)
+        self._weight(p, out=p)
         self._seen[p] = _version(p)
 
     @torch.no_grad()
@@ -236,7 +241,7 @@ class OptimizerRounding:
         self.moving = parameters
         for p, quantizer in quantizers.items():
             if quantizer:
-                p.grad.copy_(quantizer(p.grad, call))
+                quantizer(p.grad, call, out=p.grad)
             if self.scale.value != 1.0:
                 p.grad.div_(self.scale.value)
 
@@ -255,7 +260,7 @@ class OptimizerRounding:
             quantizer = self._quantizer("momentum", p)
             for call, (name, value) in enumerate(state.items() if quantizer else ()):
                 if torch.is_tensor(value) and name not in COUNTS:
-                    value.copy_(quantizer(value, call))
+                    quantizer(value, call, out=value)
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
         extra = {

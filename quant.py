@@ -99,6 +99,8 @@ def quantize(
     if out is None and x.requires_grad and torch.is_grad_enabled():
         settings = {"rounding": rounding, "key": key, "dim": dim, "overflow": overflow, "backend": backend}
         return Round.apply(x, partial(quantize, format=format, **settings), round_gradient)
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # not every engine writes by an operation of torch
     return engines.quantize(x.detach(), format, rounding, overflow, key, dim, out, backend)
 
 

@@ -5,6 +5,7 @@ without branches, which LLVM turns into vector instructions, over groups of GROU
 few instructions is right, and a first look at the largest and smallest magnitude finds the others:
 
     fast     all between the format's smallest normal and largest value, or zero: cut the same bits off all
+    nearest  to nearest, almost any format: below the smallest normal value, the processor's addition rounds
     general  any value: the number of bits to cut off depends on the value
     deep     after it, stochastic, for values so small that further random words decide
 
@@ -197,6 +198,22 @@ def _fast(mode, source, target, size, index, table, k0, k1, k2, always, few, hal
 
 
 @njit(inline="always")
+def _nearest(infinity, source, target, size, always, lowest_level, mantissa, largest, lowest, signed_zero):
+    """A group of any values, for formats with 1 to 21 mantissa bits whose bias is not float32's."""
+    cut = _sub(_shl(1, always), 1)
+    kept, half_below, smallest_normal = _xor(cut, 0xFFFFFFFF), _shr(cut, 1), _shl(_add(lowest_level, 1), 23)
+    # 1.5 * 2**23 last places of the subnormal values: what is added to it has no digit below.
+    above = as_float(_or(_shl(_add(_sub(lowest_level, mantissa), 24), 23), 0x400000))
+    for i in range(size):
+        bits = load(source, i)
+        magnitude = _and(bits, _MAGNITUDE)
+        normal = _and(_add(_add(magnitude, _and(_shr(magnitude, always), 1)), half_below), kept)
+        small = as_bits((as_float(magnitude) + above) - above)
+        result = small if magnitude < smallest_normal else normal
+        store(target, i, _finished(infinity, _NEAREST, bits, result, largest, lowest, signed_zero))
+
+
+@njit(inline="always")
 def _general(
     mode, infinity, source, target, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
     largest, lowest, signed_zero, few, half,
@@ -333,12 +350,16 @@ def _group(
     for i in range(size):
         less_one = _sub(_and(load(group, i), _MAGNITUDE), 1)  # of zero: the smallest int32, the largest uint32
         highest, smallest = max(highest, int32(less_one)), min(smallest, less_one)
+    # Where `_nearest` may be used: its constant must be a normal number, and fall within float32's.
+    plain = not composed and uint32(_sub(mantissa, 1)) < uint32(21) and _sub(lowest_level, mantissa) < uint32(230)
     fast = fast_from and smallest >= _sub(fast_from, 1) and highest < int32(largest)
     deep = mode == _STOCHASTIC and not fast and deep_below != uint32(0) and smallest < _sub(deep_below, 1)
     # Vector instructions must not write to what they read, and `_deep` reads the group again.
     written = buffer if deep or group == result else result
     if fast:
         _fast(mode, group, written, size, index, table, k0, k1, k2, always, few, half)
+    elif mode == _NEAREST and plain:
+        _nearest(infinity, group, written, size, always, lowest_level, mantissa, largest, lowest, signed_zero)
     elif not (deep and highest < int32(_sub(deep_below, 1))):
         _general(
             mode, infinity, group, written, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,

@@ -226,6 +226,16 @@ def test_into_a_tensor_of_another_layout(rounding, backend):
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_autograd_notices_what_is_rounded_in_place(backend):
+    x = torch.randn(5, requires_grad=True)
+    y = x.exp()
+    loss = y.square().sum()
+    quantize(y, "float8", backend=backend, out=y.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def inverse_of_word(parts, word):
     """The index at which a key's word is this one: the hash is a bijection for each key."""
     mask = 2**32 - 1
