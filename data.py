@@ -6,7 +6,7 @@ Nothing heavy is imported before a set is loaded: the command line reads the tab
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,33 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Data:
-    """A set, split: features float32 (n, *shape); targets float32 (n, 1) or classes int64 (n,)."""
+    """A set, split: features (n, *shape); targets float32 (n, 1) or classes int64 (n,).
+
+    Features are float32, scaled; or uint8 images, a quarter of that in memory, each batch of which `features` scales.
+    """
 
     train_x: torch.Tensor
     train_y: torch.Tensor
     test_x: torch.Tensor
     test_y: torch.Tensor
     target_deviation: float = 1.0  # what one unit of a scaled regression target is in the set's own units
-    augment: bool = False  # whether training crops and flips the images at random
+    image_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # of uint8: mean and deviation, float32 (1, c, 1, 1)
+
+    def to(self, device: torch.device, layout: torch.memory_format) -> Data:
+        """The same on that device, the features in that layout."""
+        x = {name: getattr(self, name).to(device, memory_format=layout) for name in ("train_x", "test_x")}
+        return replace(self, **x, train_y=self.train_y.to(device), test_y=self.test_y.to(device))
+
+    def features(self, rows: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
+        """What the model reads of these rows of train_x or test_x: float32, on their device.
+
+        noise: for training; images are cropped and flipped with it.
+        """
+        if self.image_scale is None:
+            return rows
+        images = rows if noise is None else augment(rows, noise)
+        mean, deviation = (t.to(rows.device) for t in self.image_scale)
+        return images.float().sub_(mean).div_(deviation)
 
 
 def toy() -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +114,8 @@ def load(
     """The set of that name, its features and regression targets standardized: mean 0, deviation 1.
 
     The scalers are fitted on the training rows, or with scale_on "all" on every row before the split. CIFAR-10 comes
-    split, and each of its channels is scaled as a whole. Raises what reading, or for cifar10 downloading, raises.
+    split, as uint8, and each of its channels is scaled as a whole. Raises what reading, or for cifar10 downloading,
+    raises.
     """
     if name == "cifar10":
         return _cifar10(scale_on, data_dir)
@@ -140,17 +160,15 @@ def _cifar10(scale_on: str, data_dir: str | None) -> Data:
     deviation = (share @ value**2 - mean**2).sqrt()
     deviation[deviation == 0] = 1.0  # as StandardScaler does
 
-    def scaled(images: torch.Tensor) -> torch.Tensor:
-        shift, scale = mean.float().view(1, 3, 1, 1), deviation.float().view(1, 3, 1, 1)
-        return images.float().sub_(shift).div_(scale)
-
-    return Data(scaled(train_x), train_y, scaled(test_x), test_y, augment=True)
+    shift, scale = (t.float().view(1, 3, 1, 1) for t in (mean, deviation))
+    return Data(train_x, train_y, test_x, test_y, image_scale=(shift, scale))
 
 
 def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
-    """Each image moved by up to `padding` pixels either way (zeros come in) and mirrored every other time.
+    """Each image moved by up to `padding` pixels either way (black comes in) and mirrored every other time.
 
-    images: (n, c, h, w) -> new tensor, same shape. The usual augmentation of CIFAR-10 (He et al. 2016, 4.2).
+    images: uint8 (n, c, h, w) -> new tensor, same, in the layout channels_last. One draw for each image, on the CPU
+    whatever the device. The usual augmentation of CIFAR-10 (He et al. 2016, 4.2).
     """
     import torch
 

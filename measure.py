@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import Data
+
 EVALUATION_ROWS = 1000  # at a time
 
 
@@ -53,29 +55,23 @@ class TrainMetrics:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    task: str,
-    target_deviation: float,
-    check: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Means over all rows, summed in float64; the model rounds as in training. check: called now and then."""
+def evaluate(model: nn.Module, split: Data, task: str, check: Callable[[], None] | None = None) -> dict[str, float]:
+    """Means over all test rows, summed in float64; the model rounds as in training. check: called now and then."""
     model.eval()
     loss, correct = 0.0, 0
-    for rows, truth in zip(x.split(EVALUATION_ROWS), y.split(EVALUATION_ROWS), strict=True):
+    count = len(split.test_x)
+    for rows, truth in zip(split.test_x.split(EVALUATION_ROWS), split.test_y.split(EVALUATION_ROWS), strict=True):
         if check:
             check()
-        output = model(rows)
+        output = model(split.features(rows))
         loss += float(loss_of(output, truth, task, "none").double().sum())
         if task == "classification":
             correct += int((output.argmax(1) == truth).sum())
-    loss /= len(x)
+    loss /= count
     if task == "classification":
-        return {"testing_loss": loss, "testing_accuracy": correct / len(x)}
+        return {"testing_loss": loss, "testing_accuracy": correct / count}
     rmse = math.sqrt(loss)
-    return {"testing_mse": loss, "testing_rmse": rmse, "testing_rmse_target_units": rmse * target_deviation}
+    return {"testing_mse": loss, "testing_rmse": rmse, "testing_rmse_target_units": rmse * split.target_deviation}
 
 
 def wandb_keys(metrics: dict[str, float | int | None]) -> dict[str, float | int | None]:

@@ -81,9 +81,8 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     optimizer = low.attach(plain, config.loss_scale)
 
     split = data.load(config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
-    train_x, test_x = (x.to(device, memory_format=layout) for x in (split.train_x, split.test_x))
-    train_y, test_y = split.train_y.to(device), split.test_y.to(device)
-    steps = math.ceil(len(train_x) / config.batch_size)
+    split = split.to(device, layout)
+    steps = math.ceil(len(split.train_x) / config.batch_size)
     schedule = _schedule(config, plain, config.epochs * steps)
 
     at = State(config, model, plain, schedule, measure.TrainMetrics(spec.task), command)  # where the run is
@@ -104,7 +103,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     with console.Stop() as stop:
         try:
             if not config.epochs:
-                untrained = measure.evaluate(model, test_x, test_y, spec.task, split.target_deviation)
+                untrained = measure.evaluate(model, split, spec.task)
                 write_checkpoint()
             while at.epoch < config.epochs and at.diverged_step is None:
                 epoch, diverged = at.epoch + 1, None
@@ -113,13 +112,11 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
                     at.noise.manual_seed(Key.of(config.seed, "augmentation", epoch).value)
                 model.train()
                 try:
-                    for rows in islice(_batches(len(train_x), config, epoch, device), at.batch, None):
+                    for rows in islice(_batches(len(split.train_x), config, epoch, device), at.batch, None):
                         stop.check()
                         if due.after_step():
                             write_checkpoint()
-                        x, y = train_x[rows], train_y[rows]
-                        if split.augment:
-                            x = data.augment(x, at.noise)
+                        x, y = split.features(split.train_x[rows], at.noise), split.train_y[rows]
                         output = model(x)
                         loss = measure.loss_of(output, y, spec.task)
                         at.train.add(loss, output, y)
@@ -141,7 +138,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
 
                 metrics = {"epoch": epoch, **at.train.values()}
                 check = stop.check if diverged is None else None  # a step that diverged is half done
-                metrics |= measure.evaluate(model, test_x, test_y, spec.task, split.target_deviation, check)
+                metrics |= measure.evaluate(model, split, spec.task, check)
                 if diverged is None and not all(math.isfinite(value) for value in metrics.values()):
                     diverged = at.step
                 if config.loss_scale == "dynamic":

@@ -48,7 +48,8 @@ def test_rows_are_split_and_scaled(name, scale_on):
             assert (ours.dtype, ours.shape) == (torch.int64, (len(theirs),))
             assert (ours.numpy() == theirs).all()
             assert 0 <= ours.min() <= ours.max() == spec.outputs - 1
-    assert not split.augment
+    assert split.image_scale is None
+    assert split.features(split.train_x, torch.Generator()) is split.train_x
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -155,15 +156,17 @@ def test_cifar10_is_scaled_by_channel(tmp_path, scale_on):
     test = batches[5][1].astype(np.float64)
     fitted = np.concatenate([train, test]) if scale_on == "all" else train
     mean, deviation = fitted.mean((0, 2, 3), keepdims=True), fitted.std((0, 2, 3), keepdims=True)
-    np.testing.assert_allclose(split.train_x.numpy(), (train - mean) / deviation, rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(split.test_x.numpy(), (test - mean) / deviation, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(split.features(split.train_x).numpy(), (train - mean) / deviation, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(split.features(split.test_x).numpy(), (test - mean) / deviation, rtol=1e-6, atol=2e-6)
     assert split.train_y.tolist() == [int(label) for labels, _ in batches[:5] for label in labels]
     assert split.test_y.tolist() == batches[5][0].tolist()
-    assert (split.train_x.dtype, split.train_y.dtype) == (torch.float32, torch.int64)
-    assert split.augment
+    assert (split.train_x.dtype, split.train_y.dtype) == (torch.uint8, torch.int64)
+    augmented = data.augment(split.train_x, torch.Generator().manual_seed(1))
+    assert torch.equal(split.features(split.train_x, torch.Generator().manual_seed(1)), split.features(augmented))
 
 
 def test_cifar10_of_one_colour_is_scaled_to_zero(tmp_path):
     for name in CIFAR10_FILES:
         (tmp_path / name).write_bytes(bytes([3] + [7] * 3072) * 2)
-    assert not load("cifar10", data_dir=str(tmp_path)).train_x.any()
+    split = load("cifar10", data_dir=str(tmp_path))
+    assert not split.features(split.train_x).any()
