@@ -119,6 +119,7 @@ class State:
     optimizer: torch.optim.Optimizer  # its state_dict holds the accumulator and the loss scale too
     schedule: Any
     train: Any  # the epoch's metrics so far
+    average: nn.Module | None = None  # of the weights
     command: str | None = None
     epoch: int = 0  # epochs done
     batch: int = 0  # batches done of the next one
@@ -146,6 +147,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "train": self.train.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "pending": torch.stack(self.pending) if self.pending else None,
             "augmentation": self.noise.get_state(),
             "torch_rng": torch.get_rng_state(),
@@ -190,6 +192,8 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.schedule:
             self.schedule.load_state_dict(saved["schedule"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         device = parameters[0].device
         self.train.load_state_dict(saved["train"], device)
         self.pending = [] if saved["pending"] is None else list(saved["pending"].to(device))

@@ -9,13 +9,13 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 import kinds
 from data import DATASETS
 from formats import (
+    ADDED_SITES,
     ALL_SITES,
     FLOAT32,
     SITES,
@@ -31,26 +31,6 @@ from kinds import Kind
 
 MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
 IMAGE_MODELS = ("cnn", "resnet20")
-
-# Named sets of settings; explicit flags win over them.
-RECIPES: dict[str, dict[str, Any]] = {
-    # The original experiments of this project: only the model's output and its gradient rounded.
-    "published": {"quantize": "activations,errors", "scale_on": "all"},
-    # QPyTorch, examples/tutorial/CIFAR10_Low_Precision_Training_Example.ipynb, after Wang et al. 2018.
-    "qtorch-tutorial": {
-        "precision": "float8",
-        "rounding": "nearest",
-        "quantize": "all",
-        "site": ("momentum=float16:stochastic", "accumulator=float16:stochastic"),
-        "optimizer": "sgd",
-        "learning_rate": 0.05,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "loss_scale": 1000.0,
-        "batch_size": 128,
-    },
-}
-
 
 # Where a run is recorded, tracked or computed: another run all the same is the same run.
 INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
@@ -106,6 +86,12 @@ class Config:
         kinds.one_of("constant", "cosine", "onecycle"),
         "learning rate over the steps of the run",
     )
+    average_last: float = _setting(
+        0.0,
+        "training",
+        kinds.number("a fraction, 0 <= f <= 1", lambda f: 0 <= f <= 1),
+        "share of the epochs, the last ones, whose weights are averaged in float32; the average is tested at the end",
+    )
     seed: int = _setting(42, "training", kinds.SEED, "split, initial weights, order of the rows, and rounding noise")
     device: str = _setting(
         "auto", "training", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there"
@@ -116,7 +102,7 @@ class Config:
         ALL_SITES,
         "rounding",
         Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", kinds.sites),
-        "the sites that are rounded; all is every one but accumulator",
+        f"the sites that are rounded; all is every one but {' and '.join(ADDED_SITES)}",
         default_text="all",
     )
     site: tuple[str, ...] = _setting(
@@ -178,27 +164,29 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if (meant := _convert(f, value)) != value:
-                raise _refused(f.name, value, f"{meant!r}; Config.make takes the other spellings too")
+                raise refused(f.name, value, f"{meant!r}; Config.make takes the other spellings too")
         self._check_together()
 
     def _check_together(self) -> None:
         """What single fields cannot say."""
         spec = DATASETS[self.dataset]
         if spec.own_split and self.test_split != Config.test_split:
-            raise _refused("test_split", self.test_split, f"{self.dataset} has its own split ({spec.own_split})")
+            raise refused("test_split", self.test_split, f"{self.dataset} has its own split ({spec.own_split})")
         if not spec.own_split and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
             rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
-            raise _refused("test_split", self.test_split, rows)
+            raise refused("test_split", self.test_split, rows)
         if self.model_name in IMAGE_MODELS and len(spec.shape) != 3:
             known = ", ".join(name for name in MODELS if name not in IMAGE_MODELS)
-            raise _refused("model", self.model, f"{known} ({self.dataset} holds no images)")
+            raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
         if self.momentum and self.optimizer != "sgd":
-            raise _refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
+            raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
         rules = self.rules()
+        if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
+            raise refused("site", "compensation", "one beside rounded weights, without an accumulator")
         if self.overflow == "infinity":
             for site, rule in rules.items():
                 if not rule.format.has_infinity:
-                    raise _refused("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+                    raise refused("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
         if self.backend == "qtorch":
             self._check_qtorch(rules)
 
@@ -208,12 +196,13 @@ class Config:
             shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
             fixed = not isinstance(rule.format, BlockFormat) and not rule.format.exponent_bits
             if not (shared or fixed or rule.format.name in ("float8", "float16", "float32")):
-                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
+                raise refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
-                raise _refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
-        if self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw":
-            lacks = "no dynamic loss scale, no choice of layers, no adamw"
-            raise _refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
+                raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
+        unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
+        if unknown:
+            lacks = "no dynamic loss scale, no choice of layers, no adamw, no compensation"
+            raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
 
     @classmethod
     def make(cls, **settings: Any) -> Config:
@@ -256,7 +245,7 @@ class Config:
             site, rule = kinds.override(text, self.rounding)
             found[site] = rule
         # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
-        return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s == "accumulator")}
+        return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s in ADDED_SITES)}
 
     @property
     def label(self) -> str:
@@ -308,10 +297,11 @@ def _convert(f: Field, value: Any) -> Any:
     try:
         return f.metadata["kind"].convert(value)
     except (TypeError, ValueError, OverflowError, AttributeError):
-        raise _refused(f.name, value, f.metadata["kind"].allowed) from None
+        raise refused(f.name, value, f.metadata["kind"].allowed) from None
 
 
-def _refused(name: str, value: Any, allowed: str) -> ConfigError:
+def refused(name: str, value: Any, allowed: str) -> ConfigError:
+    """What is wrong with a setting, in one line."""
     return ConfigError(f"{flag(name)}: given {_given(value)}, allowed: {allowed}")
 
 
@@ -327,21 +317,6 @@ def shown(given: str) -> str:
 def flag(name: str) -> str:
     """The command line's name of a field."""
     return "--" + name.replace("_", "-")
-
-
-def with_recipe(recipe: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings, with the explicit ones over them; of `site`, those for the same site."""
-    if recipe is None:
-        return dict(settings)
-    if recipe not in RECIPES:
-        raise _refused("recipe", recipe, ", ".join(RECIPES))
-    merged = {**RECIPES[recipe], **settings}
-    if "site" in settings and "site" in RECIPES[recipe]:
-        explicit = [settings["site"]] if isinstance(settings["site"], str) else settings["site"]
-        named = {text.partition("=")[0] for text in explicit}
-        kept = [text for text in RECIPES[recipe]["site"] if text.partition("=")[0] not in named]
-        merged["site"] = (*kept, *explicit)
-    return merged
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ import re
 from dataclasses import dataclass
 
 # Where a training step rounds, in the order in which one step passes them (README, "Sites").
-SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum", "accumulator")
-ALL_SITES = SITES[:-1]  # what "all" means: without the accumulator
+ALL_SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum")  # what "all" means
+ADDED_SITES = ("accumulator", "compensation")  # there only when asked for, in float32 too
+SITES = ALL_SITES + ADDED_SITES
 
 
 @dataclass(frozen=True)

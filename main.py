@@ -12,14 +12,17 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import console
 import formats
+import recipes
 import track
-from config import RECIPES, Config, ConfigError, flag, shown, with_recipe
+from config import Config, ConfigError, flag, shown
+from recipes import RECIPES, with_recipe
 
 GROUPS = {
     "data": "what is learned from",
@@ -34,10 +37,14 @@ RESUMABLE = "the folder of a record"
 
 @dataclass(frozen=True)
 class Options:
-    """What the arguments ask for beside the run itself. resume: the folder of the record to go on with."""
+    """What the arguments ask for beside the run itself.
+
+    resume: the folder of the record to go on with. table: what to print instead of a run.
+    """
 
     debug: bool = False
     resume: Path | None = None
+    table: Callable[[], str] | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,12 +86,13 @@ def parser() -> Parser:
         f" its result are refused. {RESUMABLE}",
     )
     made.add_argument("--list-formats", action="store_true", help="print the table of formats and exit")
+    made.add_argument("--list-recipes", action="store_true", help="print the recipes, each with its source, and exit")
     made.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return made
 
 
 def configure(argv: list[str]) -> tuple[Config | None, Options]:
-    """The run that the arguments ask for, None for the table of formats; and their options."""
+    """The run that the arguments ask for, None where they ask for a table; and their options."""
     made = parser()
     given, unknown = made.parse_known_args(argv)
     if unknown:
@@ -94,8 +102,10 @@ def configure(argv: list[str]) -> tuple[Config | None, Options]:
         raise ConfigError(f"given {shown(word)}, allowed: a known flag ({hint})")
     settings: dict[str, Any] = vars(given)
     debug = settings.pop("debug", False)
-    if settings.pop("list_formats", False):
-        return None, Options(debug)
+    tables = {"list_formats": formats.table, "list_recipes": recipes.table}
+    asked = [table for name, table in tables.items() if settings.pop(name, False)]
+    if asked:
+        return None, Options(debug, table=asked[0])
     recipe, resume = settings.pop("recipe", None), settings.pop("resume", None)
     merged = with_recipe(recipe, settings)
     try:
@@ -150,7 +160,7 @@ def report(result: Any) -> str:
         f"{summary['name']}: {ended} ({summary['epochs']} epochs, {summary['steps']} steps, {summary['seconds']} s)"
     ]
     for name, value in summary.items():
-        if name.startswith(("training_", "testing_")):
+        if name.startswith(("training_", "testing_", "averaged_")):
             lines.append(f"  {name:26} {value:.6g}")
     lines.append(f"record: {result.folder}")
     return "\n".join([*lines, *result.notes])
@@ -179,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         config, options = configure(argv)
         debug, resume = options.debug, options.resume
         if config is None:
-            print(formats.table())
+            print(options.table())
             return 0
         if resume and resume.name == config.folder_name and (ended := track.status(resume)) in track.REPLACING:
             print(f"{config.name}: {ended}, nothing is left to do\nrecord: {resume}")

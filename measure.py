@@ -79,7 +79,7 @@ def wandb_keys(metrics: dict[str, float | int | None]) -> dict[str, float | int 
     named = {}
     for name, value in metrics.items():
         phase, _, what = name.partition("_")
-        if phase in ("training", "testing"):
+        if phase in ("training", "testing", "averaged"):
             words = what.replace("_", " ").title().replace(" ", "")
             named[f"{phase.title()}.{words.replace('Rmse', 'RMSE').replace('Mse', 'MSE')}"] = value
         else:

@@ -1,7 +1,8 @@
 """Rounding around any torch optimizer, by its own step and state_dict hooks; loss scaling; optimizers that start fast.
 
 One step: the gradients are rounded and the loss scale is divided out of them; the optimizer steps, on the accumulator
-where there is one; its state, the accumulator and the weights are rounded.
+where there is one; its state, the accumulator and the weights are rounded. With a compensation (Kahan 1965), what the
+rounding of the weights cut off is kept, in a format of its own, and added to the weights after the next step.
 """
 
 from __future__ import annotations
@@ -80,26 +81,37 @@ class Weights:
         self.clock = clock
         self.weights: dict[Tensor, Callable] = {}
         self.accumulator: dict[Tensor, Callable | None] = {}
+        self.compensation: dict[Tensor, Callable | None] = {}
         self.masters: dict[Tensor, Tensor] = {}
+        self.lost: dict[Tensor, Tensor] = {}  # what the compensation holds
         self.rounded_at: dict[Tensor, tuple[int, int]] = {}  # step and call whose noise is in the weight
         self._seen: dict[Tensor, tuple] = {}
 
-    def add(self, weights: dict[Tensor, Callable], accumulator: dict[Tensor, Callable | None]) -> None:
+    def add(
+        self,
+        weights: dict[Tensor, Callable],
+        accumulator: dict[Tensor, Callable | None] | None = None,
+        compensation: dict[Tensor, Callable | None] | None = None,
+    ) -> None:
         """Takes in parameters, rounded at once.
 
-        weights: what rounds each of them. accumulator: what rounds each one's master copy, None for a master copy in
-        float32; a parameter that is in neither is left alone.
+        weights: what rounds each of them. accumulator, compensation: what rounds each one's master copy, and what is
+        kept of it, None for float32; a parameter that is in none of the three is left alone.
         """
+        accumulator, compensation = accumulator or {}, compensation or {}
         self.weights |= weights
         self.accumulator |= accumulator
+        self.compensation |= compensation
         with torch.inference_mode(False):  # a tensor made there could never be trained
             self.masters |= {p: p.detach().clone() for p in accumulator}
+            self.lost |= {p: torch.zeros_like(p, requires_grad=False) for p in compensation}
         for p in weights | accumulator:
             self._take(p)
 
     def drop(self, p: Tensor) -> None:
         """Forgets a parameter that its model has no more."""
-        for held in (self.weights, self.accumulator, self.masters, self.rounded_at, self._seen):
+        kept = (self.accumulator, self.compensation, self.masters, self.lost)
+        for held in (self.weights, *kept, self.rounded_at, self._seen):
             held.pop(p, None)
 
     def _weight(self, p: Tensor, out: Tensor | None = None) -> Tensor:
@@ -111,9 +123,16 @@ class Weights:
         return value if out is None else out.copy_(value)
 
     @torch.no_grad()
-    def _take(self, p: Tensor, call: int = 0) -> None:
-        """Takes over what the parameter is now: rounded, through the accumulator where there is one."""
+    def _take(self, p: Tensor, call: int = 0, compensate: bool = False) -> None:
+        """Takes over what the parameter is now: rounded, through the accumulator where there is one.
+
+        compensate: with what the last such rounding cut off; else there is nothing to add any more.
+        """
         self.rounded_at[p] = self.clock.step, call
+        if p in self.lost:
+            self._take_compensated(p, call, self.lost[p] if compensate else self.lost[p].zero_())
+            self._seen[p] = _version(p)
+            return
         if p in self.masters:
             round_, master = self.accumulator[p], self.masters[p]
             if round_:
@@ -123,17 +142,28 @@ class Weights:
         self._weight(p, out=p)
         self._seen[p] = _version(p)
 
+    def _take_compensated(self, p: Tensor, call: int, lost: Tensor) -> None:
+        wanted = p + lost
+        p.copy_(wanted)
+        self._weight(p, out=p)
+        round_ = self.compensation[p]
+        lost.copy_(wanted.sub_(p))
+        if round_:
+            round_(lost, call, out=lost)
+
     @torch.no_grad()
     def settle(self, parameters: Iterable[Tensor | None] | None = None) -> None:
         """Takes over weights, all of them or these, that were set from outside: rounded, and the accumulator with them.
 
-        An accumulator that rounds to just these weights stays: it came with them, from a checkpoint.
+        An accumulator that rounds to just these weights stays: it came with them, from a checkpoint; and so does a
+        compensation, where the weights are numbers of their format.
         """
         for p in list(self._seen) if parameters is None else parameters:
             if p not in self._seen or _version(p) == self._seen[p]:
                 continue
-            if p in self.masters:
-                self.masters[p] = self.masters[p].to(p.device)  # the model may have been moved
+            for kept in (self.masters, self.lost):
+                if p in kept:
+                    kept[p] = kept[p].to(p.device)  # the model may have been moved
             if torch.equal(p, self._weight(p)):
                 self._seen[p] = _version(p)
             else:  # fresh noise each time: no step of ours may ever come between two of them
@@ -151,7 +181,7 @@ class Weights:
         """Takes over what the optimizer made of these parameters."""
         for p in parameters:
             if p in self._seen:
-                self._take(p, call)
+                self._take(p, call, compensate=True)
 
 
 def _version(p: Tensor) -> tuple[int, int]:
@@ -266,6 +296,7 @@ class OptimizerRounding:
         extra = {
             "step": self.clock.step,
             "accumulator": {self.names[p]: master for p, master in self.weights.masters.items()},
+            "compensation": {self.names[p]: lost for p, lost in self.weights.lost.items()},
             "rounded_at": {self.names[p]: when for p, when in self.weights.rounded_at.items()},
             "loss_scale": self.scale.state_dict(),
         }
@@ -282,6 +313,8 @@ class OptimizerRounding:
             return
         for p, master in self.weights.masters.items():
             master.copy_(extra["accumulator"].get(self.names[p], p))
+        for p, lost in self.weights.lost.items():
+            lost.copy_(extra.get("compensation", {}).get(self.names[p], torch.zeros(())))
         for p in self.weights.rounded_at:
             self.weights.rounded_at[p] = extra["rounded_at"].get(self.names[p], (extra["step"], 0))
         self.clock.move_to(extra["step"])

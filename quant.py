@@ -137,6 +137,8 @@ class Scheme:
         unknown = set(self.rules) - set(SITES)
         if unknown:
             raise ValueError(f"site {sorted(unknown)[0]!r}: allowed: {', '.join(SITES)}")
+        if "compensation" in self.rules and ("weights" not in self.rules or "accumulator" in self.rules):
+            raise ValueError("site 'compensation': allowed: one beside rounded weights, without an accumulator")
         for site, rule in self.rules.items():
             if Overflow(self.overflow) is Overflow.INFINITY and not rule.format.has_infinity:
                 raise ValueError(f"overflow to infinity: {site}: {rule.format.name} has no infinity; use saturate")
@@ -188,6 +190,7 @@ def quantize_model(
     activations: Spec | None = None,
     errors: Spec | None = None,
     accumulator: Spec | None = None,
+    compensation: Spec | None = None,
     rounding: Rounding | FewBits | str = Rounding.NEAREST,
     seed: int = 0,
     layers: Iterable[str] | None = None,
@@ -196,17 +199,18 @@ def quantize_model(
 ) -> nn.Module:
     """Round what `model` computes with, from now on: the same model, in place, weights rounded at once.
 
-    weights, ... accumulator: for each site (README, "Sites") how it is rounded, a text "FORMAT[:ROUNDING]", a Format
+    weights, ... compensation: for each site (README, "Sites") how it is rounded, a text "FORMAT[:ROUNDING]", a Format
     or a Rule; None: not at all. An accumulator, a master copy of the weights for the optimizer, starts from the weights
-    before they are rounded. rounding: where a site names none. seed: of all stochastic rounding, that of the optimizer
-    too. layers: name patterns of the modules to round, see LowPrecision.
+    before they are rounded; a compensation keeps what their rounding cuts off for the next update. rounding: where a
+    site names none. seed: of all stochastic rounding, that of the optimizer too. layers: name patterns of the modules
+    to round, see LowPrecision.
     A layer or parameter that is added or replaced later: RuntimeError at the next forward pass or step, until
     quantize_model(model), without a site, takes it in. What is compiled or parallel is wrapped after, or before: both
     work, with the same noise. Raises ValueError for unknown names and a model that is rounded already, TypeError for
     parameters that are not float32.
     """
     sites = {"weights": weights, "inputs": inputs, "activations": activations, "errors": errors}
-    rules = _rules(sites | {"accumulator": accumulator}, rounding)
+    rules = _rules(sites | {"accumulator": accumulator, "compensation": compensation}, rounding)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: given {seed!r}, allowed: a whole number >= 0")
     engines.check(backend)
@@ -234,8 +238,9 @@ def quantize_optimizer(
     """Round what `optimizer` does to a model of `quantize_model`: the same optimizer, in place.
 
     Each step rounds the gradients, then the optimizer's state (momentum, moments), accumulator and weights; its
-    state_dict holds the accumulator and the count of steps, from which all noise follows. gradients, momentum: as the
-    sites of quantize_model. rounding: the model's unless given. Parameters that are not the model's stay in float32.
+    state_dict holds accumulator, compensation and the count of steps, from which all noise follows. gradients,
+    momentum: as the sites of quantize_model. rounding: the model's unless given. Parameters that are not the model's
+    stay in float32.
     loss_scale: a number, or "dynamic" (optim.LossScale): optimizer.loss_scale.scale(loss).backward().
     Several optimizers may share a model, with one fixed loss scale. Raises ValueError for a model or an optimizer that
     does not fit. With the backend qtorch, returns qtorch's OptimLP around the optimizer.

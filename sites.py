@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats import FLOAT32, SITES, Rule
+from formats import ADDED_SITES, FLOAT32, SITES, Rule
 from optim import LossScale, OptimizerRounding, Weights
 from tracing import untraced
 
@@ -88,7 +88,7 @@ class LayerRounding(nn.Module):
 
     def shown(self) -> dict[str, Rule]:
         """The rules that reach this layer."""
-        there = {s: rule for s, rule in self._rules.items() if rule.format != FLOAT32 or s == "accumulator"}
+        there = {s: rule for s, rule in self._rules.items() if rule.format != FLOAT32 or s in ADDED_SITES}
         return {s: there[s] for s in SITES if s in there and (self._around_layer or s not in AROUND_LAYERS)}
 
     def extra_repr(self) -> str:
@@ -195,10 +195,12 @@ class LowPrecision:
         self._modules += modules.values()
         if self.scheme.backend != "qtorch":  # there, OptimLP rounds the weights itself, from its first step on
             weights = {p: self.scheme.quantizer("weights", name, self.clock) for p, name in names.items()}
-            accumulator = {}
-            if "accumulator" in self.scheme.rules:  # None for a master copy in float32
-                accumulator = {p: self.scheme.quantizer("accumulator", name, self.clock) for p, name in names.items()}
-            self._weights.add({p: round_ for p, round_ in weights.items() if round_}, accumulator)
+            added = {
+                site: {p: self.scheme.quantizer(site, name, self.clock) for p, name in names.items()}
+                for site in ADDED_SITES
+                if site in self.scheme.rules  # None for one in float32
+            }
+            self._weights.add({p: round_ for p, round_ in weights.items() if round_}, **added)
             for module in modules.values():  # each of them: somebody may call or load a part of the model
                 self._hooks.append(module.register_forward_pre_hook(self._settle))
                 self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))
@@ -244,7 +246,7 @@ class LowPrecision:
 
     def check(self) -> None:
         """RuntimeError where the model has got what should be rounded and is not."""
-        sites = {site for site, rule in self._rules.items() if rule.format != FLOAT32 or site == "accumulator"}
+        sites = {site for site, rule in self._rules.items() if rule.format != FLOAT32 or site in ADDED_SITES}
         own, around = sites - set(AROUND_LAYERS), sites & set(AROUND_LAYERS)
         modules, names = self._missing()
         found = [name for name, module in modules.items() if own or (around and isinstance(module, LAYER_TYPES))]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 import checkpoint
 import console
@@ -84,8 +85,10 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     split = split.to(device, layout)
     steps = math.ceil(len(split.train_x) / config.batch_size)
     schedule = _schedule(config, plain, config.epochs * steps)
+    average = _average(config) if config.average_last else None
+    unaveraged = math.floor((1 - config.average_last) * config.epochs + 1e-9)  # how many epochs
 
-    at = State(config, model, plain, schedule, measure.TrainMetrics(spec.task), command)  # where the run is
+    at = State(config, model, plain, schedule, measure.TrainMetrics(spec.task), average, command)  # where the run is
     if resume:
         record = _resumed(resume, at, steps)
     else:
@@ -139,6 +142,11 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
                 metrics = {"epoch": epoch, **at.train.values()}
                 check = stop.check if diverged is None else None  # a step that diverged is half done
                 metrics |= measure.evaluate(model, split, spec.task, check)
+                if average and diverged is None:
+                    if average.n_averaged < epoch - unaveraged:  # else it was interrupted below
+                        average.update_parameters(model)
+                    if epoch == config.epochs:
+                        metrics |= _evaluate_average(average, split, config, device, check)
                 if diverged is None and not all(math.isfinite(value) for value in metrics.values()):
                     diverged = at.step
                 if config.loss_scale == "dynamic":
@@ -256,6 +264,31 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         return lean(torch.optim.SGD)(model.parameters(), momentum=config.momentum, **settings)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return lean(kind)(model.parameters(), **settings)
+
+
+def _average(config: Config) -> AveragedModel:
+    """The average of the weights, float32, in a model of its own that rounds nothing."""
+    spec = data.DATASETS[config.dataset]
+    layout = torch.channels_last if len(spec.shape) == 3 else torch.contiguous_format
+    return AveragedModel(models.build(config.model, spec.shape, spec.outputs, config.seed).to(memory_format=layout))
+
+
+def _evaluate_average(
+    average: AveragedModel, split: data.Data, config: Config, device: torch.device, check: Callable[[], None] | None
+) -> dict[str, float]:
+    """The metrics of the averaged weights; statistics of batch norms are taken anew, from the training rows."""
+
+    def batches() -> Iterator[Tensor]:
+        noise = torch.Generator().manual_seed(Key.of(config.seed, "averaging").value)
+        for rows in _batches(len(split.train_x), config, config.epochs + 1, device):
+            if check:
+                check()
+            yield split.features(split.train_x[rows], noise)
+
+    average.to(device)
+    update_bn(batches(), average)
+    metrics = measure.evaluate(average, split, data.DATASETS[config.dataset].task, check)
+    return {f"averaged_{name}": value for name, value in metrics.items()}
 
 
 def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from config import ALL_SITES, RECIPES, Config, ConfigError, flag, with_recipe
+from config import ALL_SITES, Config, ConfigError, flag
 from data import DATASETS
 from formats import SITES, Overflow, Rounding
+from recipes import RECIPES, with_recipe
 
 
 def refused(**settings) -> str:
@@ -253,7 +254,7 @@ def test_sites_of_a_recipe_and_of_the_user_merge_by_site():
     assert set(sites) == {"momentum=float16:stochastic", "accumulator=float32"}
     assert with_recipe("qtorch-tutorial", {"site": "accumulator=float32"})["site"] == sites  # one text is one site
     assert set(with_recipe("qtorch-tutorial", {"site": ["errors=fp16"]})["site"]) == {
-        *RECIPES["qtorch-tutorial"]["site"],
+        *RECIPES["qtorch-tutorial"].settings["site"],
         "errors=fp16",
     }
 
@@ -334,7 +335,10 @@ def test_a_recipe_and_the_same_flags_are_the_same_run():
     named = Config.make(**with_recipe("published", {"precision": "float8"}))
     spelled = Config.make(precision="float8", quantize="errors,activations", scale_on="all")
     assert named.folder_name == spelled.folder_name
-    named, spelled = Config.make(**with_recipe("qtorch-tutorial", {})), Config.make(**RECIPES["qtorch-tutorial"])
+    named, spelled = (
+        Config.make(**with_recipe("qtorch-tutorial", {})),
+        Config.make(**RECIPES["qtorch-tutorial"].settings),
+    )
     assert named.folder_name == spelled.folder_name
 
 
