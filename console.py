@@ -53,28 +53,39 @@ class Stop:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked += 1
+        self._number = number if self._number is None else self._number
         if self.asked > 1:
             for held in self._before:
                 signal.signal(held, signal.SIG_DFL)
             raise KeyboardInterrupt(number)
-        self._number = number
         with contextlib.suppress(OSError):  # not print, which may be what was interrupted
             os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
 
+    @property
+    def number(self) -> int:
+        """The signal that asked; SIGTERM where none did, as another process was asked."""
+        return signal.SIGTERM if self._number is None else self._number
+
     def check(self) -> None:
         """Raises Stopped if that was asked for. Call it where nothing is half done."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        if self.asked:
+            raise Stopped(self.number)
 
 
 class Progress:
     """A bar on a terminal, a line now and then elsewhere (and where a terminal says it has no columns); on stderr."""
 
-    def __init__(self, config: Config, steps: int, done: int) -> None:
-        """steps: in an epoch. done: steps of a run that goes on."""
+    def __init__(self, config: Config, steps: int, done: int, quiet: bool = False) -> None:
+        """steps: in an epoch. done: steps of a run that goes on. quiet: nothing at all."""
+        self.quiet = quiet
         self.epochs = config.epochs
         total = config.epochs * steps
-        bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0 and config.epochs > 0
+        bar = (
+            not quiet
+            and sys.stderr.isatty()
+            and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            and config.epochs > 0
+        )
         self.bar = None
         if bar:
             from tqdm import tqdm
@@ -88,6 +99,8 @@ class Progress:
                 self.bar.update()
 
     def epoch(self, metrics: dict[str, float | int | None]) -> None:
+        if self.quiet:
+            return
         shown = {name: value for name, value in metrics.items() if name.endswith(("_mse", "_loss", "_accuracy"))}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self.bar:

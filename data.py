@@ -49,14 +49,16 @@ class Data:
         x = {name: getattr(self, name).to(device, memory_format=layout) for name in ("train_x", "test_x")}
         return replace(self, **x, train_y=self.train_y.to(device), test_y=self.test_y.to(device))
 
-    def features(self, rows: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
-        """What the model reads of these rows of train_x or test_x: float32, on their device.
+    def features(
+        self, rows: torch.Tensor, noise: torch.Generator | None = None, part: slice = slice(None)
+    ) -> torch.Tensor:
+        """What the model reads of this part of these rows of train_x or test_x: float32, on their device.
 
-        noise: for training; images are cropped and flipped with it.
+        noise: for training; images are cropped and flipped with it, the same whatever the part.
         """
         if self.image_scale is None:
-            return rows
-        images = rows if noise is None else augment(rows, noise)
+            return rows[part]
+        images = rows[part] if noise is None else augment(rows, noise, part=part)
         mean, deviation = (t.to(rows.device) for t in self.image_scale)
         return images.float().sub_(mean).div_(deviation)
 
@@ -164,17 +166,21 @@ def _cifar10(scale_on: str, data_dir: str | None) -> Data:
     return Data(train_x, train_y, test_x, test_y, image_scale=(shift, scale))
 
 
-def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
+def augment(
+    images: torch.Tensor, generator: torch.Generator, padding: int = 4, part: slice = slice(None)
+) -> torch.Tensor:
     """Each image moved by up to `padding` pixels either way (black comes in) and mirrored every other time.
 
     images: uint8 (n, c, h, w) -> new tensor, same, in the layout channels_last. One draw for each image, on the CPU
-    whatever the device. The usual augmentation of CIFAR-10 (He et al. 2016, 4.2).
+    whatever the device; only those in `part` are returned. The usual augmentation of CIFAR-10 (He et al. 2016, 4.2).
     """
     import torch
 
     n, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)[:, part]
+    mirrored = torch.rand(n, 1, generator=generator)[part] < 0.5
+    images = images[part]
+    n = len(images)
     columns = torch.arange(width)
     columns = torch.where(mirrored, width - 1 - columns, columns) + left  # (n, w)
     rows = torch.arange(height) + top  # (n, h)

@@ -182,7 +182,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    debug, first = "--debug" in argv, os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a folder's name may be no text
     try:
@@ -197,18 +197,22 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("SIGTERM", "SIGHUP"):
             if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup
                 signal.signal(getattr(signal, name), _terminate)
-        if not resume:
+        if first and not resume:
             _offer(config)
         import train  # torch: not before the arguments are right
 
-        print(report(train.run(config, shlex.join(["python", "main.py", *argv]), resume)))
+        result = train.run(config, shlex.join(["python", "main.py", *argv]), resume)
+        if first:
+            print(report(result))
         return 0
     except ConfigError as error:
-        console.say(f"main.py: error: {error}")
+        if first:
+            console.say(f"main.py: error: {error}")
         return 2
     except KeyboardInterrupt as stop:
         where, *others = getattr(stop, "__notes__", ["before it began"])
-        console.say(*others, f"interrupted: {where}")
+        if first:
+            console.say(*others, f"interrupted: {where}")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except Exception as error:
         if debug:

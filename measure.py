@@ -19,6 +19,13 @@ def loss_of(output: Tensor, y: Tensor, task: str, reduction: str = "mean") -> Te
     return (F.mse_loss if task == "regression" else F.cross_entropy)(output, y, reduction=reduction)
 
 
+def count_correct(output: Tensor, y: Tensor, task: str) -> Tensor:
+    """int64 (): how many rows the model got right; 0 for a regression."""
+    if task == "regression":
+        return torch.zeros((), dtype=torch.int64, device=y.device)
+    return (output.detach().argmax(1) == y).sum()
+
+
 class TrainMetrics:
     """Regression: the loss of the last step, in its own batch. Classification: means over the epoch's rows."""
 
@@ -27,31 +34,31 @@ class TrainMetrics:
         self.reset()
 
     def reset(self) -> None:
-        self.rows = 0
+        self.rows: int | Tensor = 0
         self.loss: Tensor | float = 0.0
         self.correct: Tensor | int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "loss": torch.as_tensor(self.loss), "correct": torch.as_tensor(self.correct)}
+        return {"rows": int(self.rows), "loss": torch.as_tensor(self.loss), "correct": torch.as_tensor(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.rows = int(state["rows"])
         self.loss, self.correct = state["loss"].reshape(()).to(device), state["correct"].reshape(()).to(device)
 
-    def add(self, loss: Tensor, output: Tensor, y: Tensor) -> None:
-        loss, output = loss.detach(), output.detach()
+    def add(self, loss: Tensor, correct: Tensor, rows: int | Tensor) -> None:
+        """A step's mean loss, and how many of its rows the model got right."""
         if self.task == "regression":
             self.loss, self.rows = loss, 1
         else:
-            self.loss = self.loss + loss.double() * len(y)  # () on the device: no wait in the loop
-            self.correct = self.correct + (output.argmax(1) == y).sum()
-            self.rows += len(y)
+            self.loss = self.loss + loss.double() * rows  # () on the device: no wait in the loop
+            self.correct = self.correct + correct
+            self.rows = self.rows + rows
 
     def values(self) -> dict[str, float]:
-        loss = float(self.loss) / self.rows
+        loss = float(self.loss) / int(self.rows)
         if self.task == "regression":
             return {"training_mse": loss, "training_rmse": math.sqrt(loss)}
-        return {"training_loss": loss, "training_accuracy": float(self.correct) / self.rows}
+        return {"training_loss": loss, "training_accuracy": float(self.correct) / int(self.rows)}
 
 
 @torch.no_grad()
@@ -66,7 +73,7 @@ def evaluate(model: nn.Module, split: Data, task: str, check: Callable[[], None]
         output = model(split.features(rows))
         loss += float(loss_of(output, truth, task, "none").double().sum())
         if task == "classification":
-            correct += int((output.argmax(1) == truth).sum())
+            correct += int(count_correct(output, truth, task))
     loss /= count
     if task == "classification":
         return {"testing_loss": loss, "testing_accuracy": correct / count}

@@ -264,6 +264,8 @@ class OptimizerRounding:
                 found.append(quantizer.beyond(p.grad) if quantizer else ~p.grad.isfinite().all())
             self.clock.overflowed.clear()
             self.overflowed = any(bool(flag) for flag in found)
+            if self.clock.any_overflowed:
+                self.overflowed = self.clock.any_overflowed(self.overflowed)
             if self.overflowed:
                 optimizer.zero_grad(set_to_none=True)
                 self.moving = []

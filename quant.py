@@ -158,15 +158,23 @@ class Quantizer:
         self.rule, self.key, self.clock, self.overflow, self.backend = rule, key, clock, overflow, backend
 
     def __call__(
-        self, x: Tensor, call: int = 0, step: int | None = None, dim: int | None = None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        call: int = 0,
+        step: int | None = None,
+        dim: int | None = None,
+        out: Tensor | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """`call` tells apart several roundings between two optimizer steps; `step` is the clock's unless given.
 
         dim: along which blocks run; unless given, a parameter's second dimension, its inputs, or its only one.
+        first_row: see Key.
         """
         key = None
         if is_random(self.rule.rounding):
             key = self.key.fold(self.clock.step if step is None else step).fold(call)
+            key = replace(key, first_row=first_row) if first_row else key
         dim = min(1, x.ndim - 1) if dim is None else dim
         settings = {"dim": dim, "overflow": self.overflow, "backend": self.backend, "out": out}
         return quantize(x, self.rule.format, self.rule.rounding, key, **settings)

@@ -57,6 +57,10 @@ class Clock:
     writes: int = 0  # weights taken over from outside since then
     watch: bool = False  # whether to look for errors that overflow, as dynamic loss scaling needs
     overflowed: dict[torch.device, Tensor] = field(default_factory=dict)  # bool (): whether there were any since then
+    # Of several processes with a part of the batch each: this one's rows, how many come before, and how they agree.
+    rows: int = 0
+    rows_before: int = 0
+    any_overflowed: Callable[[bool], bool] | None = None
 
     def move_to(self, step: int) -> None:
         self.step, self.writes = step, 0
@@ -116,19 +120,22 @@ class LayerRounding(nn.Module):
             return x
         # Evaluation never takes training's noise, nor one replica another's.
         call = 2 * (self.clock.calls[self._name, self.training, replica] - 1) + self.training + (replica << 32)
+        settings: dict[str, Any] = {"dim": self._dim}
+        if self.clock.rows_before and self.training:
+            settings["first_row"] = self.clock.rows_before * len(x) // self.clock.rows
 
         def round_error(gradient: Tensor) -> Tensor:
             if self.clock.watch:
                 self.clock.note(backward.beyond(gradient))
-            return backward(gradient, call, dim=self._dim)
+            return backward(gradient, call, **settings)
 
         if in_place:
             if forward:
-                forward(x.detach(), call, dim=self._dim, out=x.detach())
+                forward(x.detach(), call, out=x.detach(), **settings)
             if backward:
                 x.register_hook(round_error)
             return x
-        return Round.apply(x, forward and (lambda y: forward(y, call, dim=self._dim)), backward and round_error)
+        return Round.apply(x, forward and (lambda y: forward(y, call, **settings)), backward and round_error)
 
 
 _MAKERS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")  # going back, none of them reads its output
@@ -243,6 +250,10 @@ class LowPrecision:
         for module in self._modules:
             self._show(module)
         return optimizer
+
+    def kept(self) -> Iterable[Tensor]:
+        """The accumulators, and what compensations hold."""
+        return [*self._weights.masters.values(), *self._weights.lost.values()]
 
     def check(self) -> None:
         """RuntimeError where the model has got what should be rounded and is not."""

@@ -119,6 +119,19 @@ def siblings(final: Path, kind: str) -> list[Path]:
     return [path for path in final.parent.iterdir() if path.name.startswith(f"{final.name}.{kind}-")]
 
 
+class NoRecord:
+    """What a process has that writes nothing, as another one does."""
+
+    folder, notes = Path(os.devnull), ()
+
+    def epoch(self, metrics: dict[str, float | int | None]) -> None: ...
+
+    def checkpoint(self, data: bytes) -> None: ...
+
+    def finish(self, summary: dict) -> Path:
+        return self.folder
+
+
 class Record:
     """The files of one run. They grow in `folder`, at first OUTPUT_DIR/NAME.partial-PID; `finish` puts it in its place.
 

@@ -1,4 +1,4 @@
-"""run(config) -> Result: one training run, from the data to its record. Read `run` from top to bottom."""
+"""run(config) -> Result: one training run, from the data to its record. Read `_run` from top to bottom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from config import Config, ConfigError
 from formats import Overflow
 from kernels.noise import Key
 from optim import lean
+from parallel import Processes
 from quant import LowPrecision, Scheme
 
 CUDA_CHECK_STEPS = 50  # between two looks at the losses: each look waits for the device
@@ -66,8 +68,12 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     loading, training or writing raises; before that, what was recorded is closed with the status "failed" or
     "interrupted". The exception's notes then say where it lies and how to go on.
     """
-    config = config.resolved()
-    device = _device(config.device)
+    with Processes(_device(config.device)) as processes:
+        return _run(config.resolved(), processes, command, resume)
+
+
+def _run(config: Config, processes: Processes, command: str | None, resume: Path | None) -> Result:
+    device = processes.device
     started = time.monotonic()
 
     spec = data.DATASETS[config.dataset]
@@ -81,32 +87,47 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     plain = _optimizer(config, model)
     optimizer = low.attach(plain, config.loss_scale)
 
-    split = data.load(config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
-    split = split.to(device, layout)
+    if processes.count > 1:
+        low.clock.any_overflowed = lambda here: processes.any(here)[0]
+    model_of_all = processes.wrap(model)
+
+    where = (config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
+    split = processes.first_before_others(lambda: data.load(*where)).to(device, layout)
     steps = math.ceil(len(split.train_x) / config.batch_size)
+    _check_parts(config, len(split.train_x), processes.count)
     schedule = _schedule(config, plain, config.epochs * steps)
     average = _average(config) if config.average_last else None
     unaveraged = math.floor((1 - config.average_last) * config.epochs + 1e-9)  # how many epochs
 
     at = State(config, model, plain, schedule, measure.TrainMetrics(spec.task), average, command)  # where the run is
     if resume:
-        record = _resumed(resume, at, steps)
-    else:
+        record = _resumed(resume, at, steps, processes)
+    elif processes.first:
         record = track.Record(config.output_dir, config.folder_name, asdict(config))
-    wandb = _wandb(at)
-    progress = console.Progress(config, steps, at.step)
+    else:
+        record = track.NoRecord()
+    wandb = _wandb(at, processes.first)
+    progress = console.Progress(config, steps, at.step, quiet=not processes.first)
     due = Due(config.checkpoint_every)
 
     def write_checkpoint() -> None:
+        processes.check_same(_replicated(model, plain, low))
         record.checkpoint(checkpoint.pack(at.save(time.monotonic() - started)))
         due.written = time.monotonic()
+
+    def check() -> bool:
+        """Whether a checkpoint is due; raises Stopped if one of the processes was asked to stop."""
+        stopping, writing = processes.any(stop.asked > 0, due.after_step())
+        if stopping:
+            raise console.Stopped(stop.number)
+        return writing
 
     untrained: dict[str, float] = {}  # the metrics of a run of no epochs
     failure: BaseException | None = None
     with console.Stop() as stop:
         try:
             if not config.epochs:
-                untrained = measure.evaluate(model, split, spec.task)
+                untrained = processes.from_first(lambda: measure.evaluate(model, split, spec.task))
                 write_checkpoint()
             while at.epoch < config.epochs and at.diverged_step is None:
                 epoch, diverged = at.epoch + 1, None
@@ -116,17 +137,21 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
                 model.train()
                 try:
                     for rows in islice(_batches(len(split.train_x), config, epoch, device), at.batch, None):
-                        stop.check()
-                        if due.after_step():
+                        if check():
                             write_checkpoint()
-                        x, y = split.features(split.train_x[rows], at.noise), split.train_y[rows]
-                        output = model(x)
+                        part = processes.part(len(rows))
+                        x, y = split.features(split.train_x[rows], at.noise, part), split.train_y[rows[part]]
+                        low.clock.rows, low.clock.rows_before = len(y), part.start
+                        output = model_of_all(x)
                         loss = measure.loss_of(output, y, spec.task)
-                        at.train.add(loss, output, y)
-                        at.pending.append(loss.detach())
+                        seen = processes.sums(loss.detach(), measure.count_correct(output, y, spec.task), len(y))
+                        at.train.add(*seen)
+                        at.pending.append(seen[0])
                         if device.type == "cpu" or len(at.pending) == CUDA_CHECK_STEPS:
                             _check_finite(at.pending, at.step + 1)
                         optimizer.zero_grad()
+                        if processes.count > 1:
+                            loss = loss * processes.share(len(y), len(rows))
                         low.scale(loss).backward()
                         optimizer.step()
                         if schedule:
@@ -134,19 +159,21 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
                         at.step += 1
                         at.batch += 1
                         progress.step()
-                    stop.check()
+                    check()
                     _check_finite(at.pending, at.step)
                 except Diverged as error:
                     diverged = error.step
 
                 metrics = {"epoch": epoch, **at.train.values()}
-                check = stop.check if diverged is None else None  # a step that diverged is half done
-                metrics |= measure.evaluate(model, split, spec.task, check)
+                # A step that diverged is half done, and of several processes, the others do not evaluate.
+                stoppable = stop.check if diverged is None and processes.count == 1 else None
+                metrics |= processes.from_first(partial(measure.evaluate, model, split, spec.task, stoppable))
                 if average and diverged is None:
                     if average.n_averaged < epoch - unaveraged:  # else it was interrupted below
                         average.update_parameters(model)
                     if epoch == config.epochs:
-                        metrics |= _evaluate_average(average, split, config, device, check)
+                        averaged = partial(_evaluate_average, average, split, config, device, stoppable)
+                        metrics |= processes.from_first(averaged)
                 if diverged is None and not all(math.isfinite(value) for value in metrics.values()):
                     diverged = at.step
                 if config.loss_scale == "dynamic":
@@ -157,7 +184,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
                 wandb.log(measure.wandb_keys(metrics), step=epoch)
                 progress.epoch(metrics)
                 last = diverged is not None or epoch == config.epochs
-                if last or due.after_epoch(epoch):
+                if processes.any(last or due.after_epoch(epoch))[0]:
                     write_checkpoint()
         except console.Stopped as error:
             failure = _failure_of(write_checkpoint) or error
@@ -165,14 +192,14 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
             failure = _out_of_memory(error, at.step + 1, config.batch_size) or error
         progress.close()
         summary = _summary(at, failure, untrained, time.monotonic() - started)
-        summary |= {"command": at.command, "environment": _environment(config, device)}
+        summary |= {"command": at.command, "environment": _environment(config, processes)}
         folder = record.folder
         try:
             folder = record.finish(summary)
         except (OSError, KeyboardInterrupt) as error:  # all of it is where it was
             failure = failure or error
             summary["status"] = "failed"
-    notes = record.notes
+    notes = [*record.notes]
     if stop.asked < 2:  # else at once: wandb's process sees that we are gone, and closes the run
         try:
             notes += wandb.finish(summary, exit_code=1 if failure else 0)
@@ -180,17 +207,19 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
             notes.append("wandb: not waited for")
     if failure:
         to_go_on = f"recorded so far in {folder}; to go on: python main.py --resume {shlex.quote(str(folder))}"
-        for note in [to_go_on if folder.exists() else "nothing is recorded yet", *notes]:
+        for note in [to_go_on if folder.exists() else "nothing is recorded yet", *notes] if processes.first else []:
             failure.add_note(note)
         raise failure
     return Result(config, summary, at.history, folder, notes)
 
 
-def _resumed(folder: Path, at: State, steps: int) -> track.Record:
+def _resumed(folder: Path, at: State, steps: int, processes: Processes) -> track.Record | track.NoRecord:
     """Take `at` and the record to where the run's last checkpoint was; to the start where there is none yet."""
-    found = checkpoint.latest(folder)
+    found = processes.from_first(lambda: checkpoint.latest(folder))
     if found:
         at.load(found.state, steps, folder / found.name)
+    if not processes.first:
+        return track.NoRecord()
     record = track.Record.resume(folder, asdict(at.config), at.history, (found.name, found.raw) if found else None)
     if not found:
         console.say(f"resuming {folder}: no checkpoint yet, from the start")
@@ -201,12 +230,12 @@ def _resumed(folder: Path, at: State, steps: int) -> track.Record:
     return record
 
 
-def _wandb(at: State) -> wandb_run.Wandb:
-    """The run at wandb, with the epochs that `at` has behind it."""
-    config = at.config
+def _wandb(at: State, first: bool) -> wandb_run.Wandb:
+    """The run at wandb, with the epochs that `at` has behind it; none but for the first process."""
+    config = at.config if first else replace(at.config, wandb="disabled")
     where = (config.wandb, config.wandb_project, config.wandb_entity)
     made = wandb_run.Wandb(*where, config.name, config.group, asdict(config), config.output_dir, at.wandb_id)
-    at.wandb_id = made.id
+    at.wandb_id = made.id or at.wandb_id
     for metrics in at.history:
         made.log(measure.wandb_keys(metrics), step=metrics["epoch"])
     return made
@@ -311,6 +340,22 @@ def _batches(n: int, config: Config, epoch: int, device: torch.device) -> Iterat
     yield from order.to(device).split(min(config.batch_size, n))
 
 
+def _check_parts(config: Config, rows: int, processes: int) -> None:
+    """ConfigError where one of the processes would have no row of a batch."""
+    smallest = rows % config.batch_size or min(config.batch_size, rows)
+    if smallest < processes:
+        allowed = f"what leaves a row for each of {processes} processes in the last batch too ({rows} rows)"
+        raise ConfigError(f"--batch-size: given {config.batch_size}, allowed: {allowed}")
+
+
+def _replicated(model: nn.Module, optimizer: torch.optim.Optimizer, low: LowPrecision) -> Iterator[Tensor]:
+    """What must have the same bits in every process. Batch norm's statistics are those of the first one."""
+    yield from model.parameters()
+    yield from low.kept()
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if torch.is_tensor(value))
+
+
 def _check_finite(losses: list[Tensor], next_step: int) -> None:
     """Raises Diverged for the first of these losses that is NaN or infinite; the last is that of `next_step`."""
     if losses:
@@ -320,8 +365,9 @@ def _check_finite(losses: list[Tensor], next_step: int) -> None:
         losses.clear()
 
 
-def _environment(config: Config, device: torch.device) -> dict[str, Any]:
+def _environment(config: Config, processes: Processes) -> dict[str, Any]:
     """What a result depends on, beside its config."""
+    device = processes.device
     versions = {"python": platform.python_version()}
     for package in ("torch", "qtorch", "scikit-learn", "numpy", "wandb"):
         try:
@@ -333,6 +379,7 @@ def _environment(config: Config, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": processes.count,
         "engine": engines.in_use(config.backend, device),
         "commit": _commit(),
     }

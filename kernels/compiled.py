@@ -432,16 +432,16 @@ def flat(mode: int, infinity: bool):
 def channels_last(mode: int, infinity: bool):
     """As `flat`, for images that lie pixel by pixel, their elements counted channel by channel, at most 2**32.
 
-    Further fields: units of the whole task; size, how many of them are a piece; channels; pixels of an image; table. A
-    unit is max(1, GROUP // channels) pixels, the last of an image fewer. table: address of uint32, for each of GROUP
-    elements in memory how far its index lies from the unit's first one.
+    Further fields: units of the whole task; size, how many of them are a piece; channels; pixels of an image; table;
+    first, the index of the first element. A unit is max(1, GROUP // channels) pixels, the last of an image fewer.
+    table: address of uint32, for each of GROUP elements in memory how far its index lies from the unit's first one.
     """
 
     @cfunc("void(int64)", **KERNEL)
     def kernel(task):
         pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
         parameters, all_units, size = field(task, 6), field(task, 7), field(task, 8)
-        channels, pixels, table = field(task, 9), field(task, 10), field(task, 11)
+        channels, pixels, table, first = field(task, 9), field(task, 10), field(task, 11), field(task, 12)
         k0, k1, k2 = words_of(key, 0, 0)
         f0, f1, f2 = words_of(key, 0, 1)
         always, lowest_level, mantissa = load(parameters, 0), load(parameters, 1), load(parameters, 2)
@@ -459,8 +459,8 @@ def channels_last(mode: int, infinity: bool):
                     place = 4 * ((image * pixels + pixel) * channels + start)
                     _group(
                         mode, infinity, source + place, target + place, min(GROUP, elements - start),
-                        uint32(image * pixels * channels + pixel + start * pixels), table, k0, k1, k2, f0, f1, f2,
-                        key, 0, always, lowest_level, mantissa, composed, fast_from, deep_below, largest, lowest,
+                        uint32(first + image * pixels * channels + pixel + start * pixels), table, k0, k1, k2, f0, f1,
+                        f2, key, 0, always, lowest_level, mantissa, composed, fast_from, deep_below, largest, lowest,
                         signed_zero, few, half, buffer,
                     )  # fmt: skip
             piece = next_piece(task)
@@ -472,7 +472,8 @@ def channels_last(mode: int, infinity: bool):
 def blocks(mode: int):
     """As `flat`, for blocks of `length` numbers that have a power of two as scale (formats.BlockFormat), at most 2**32.
 
-    Further fields: how many blocks; size, how many of them are a piece; length. The second field is 1 afterwards where
+    Further fields: how many blocks; size, how many of them are a piece; length; first, the index of the first number.
+    The second field is 1 afterwards where
     there was a block so close to float32's smallest numbers that it must be left to another engine; `target` is then
     of no use.
     """
@@ -481,6 +482,7 @@ def blocks(mode: int):
     def kernel(task):
         pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
         parameters, count, size, length = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
+        first = field(task, 10)
         k0, k1, k2 = words_of(key, 0, 0)
         f0, f1, f2 = words_of(key, 0, 1)
         always, mantissa = load(parameters, 0), load(parameters, 2)
@@ -512,8 +514,9 @@ def blocks(mode: int):
                     place = 4 * (number * length + start)
                     _group(
                         mode, False, source + place, target + place, min(GROUP, length - start),
-                        uint32(number * length + start), 0, k0, k1, k2, f0, f1, f2, key, 0, always, lowest_level,
-                        mantissa, uint32(0), fast_from, deep_below, largest, largest, signed_zero, few, half, buffer,
+                        uint32(first + number * length + start), 0, k0, k1, k2, f0, f1, f2, key, 0, always,
+                        lowest_level, mantissa, uint32(0), fast_from, deep_below, largest, largest, signed_zero, few,
+                        half, buffer,
                     )  # fmt: skip
             piece = next_piece(task)
 

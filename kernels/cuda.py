@@ -150,15 +150,17 @@ def quantize(
     out: Tensor | None = None,
 ) -> Tensor:
     """Round `x` of any shape and strides, on CUDA; see quant.quantize. float64 and blocks are left to eager."""
+    first = key.first_element(len(x), x.numel()) if key and x.ndim else 0
     images = x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
+    images &= x.numel() <= _PIECE and first % 2**32 + x.numel() <= 2**32
     if isinstance(fmt, BlockFormat) or x.dtype == torch.float64:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     result = torch.empty_like(x) if out is None else out
-    if x.stride() == result.stride() and (x.is_contiguous() or (images and x.numel() <= _PIECE)):
-        _launch(x, result, fmt, rounding, overflow, key, not x.is_contiguous())
+    if x.stride() == result.stride() and (x.is_contiguous() or images):
+        _launch(x, result, fmt, rounding, overflow, key, first, not x.is_contiguous())
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
-        _launch(contiguous, contiguous, fmt, rounding, overflow, key, False)
+        _launch(contiguous, contiguous, fmt, rounding, overflow, key, first, False)
         result.copy_(contiguous)
     return result
 
@@ -170,23 +172,27 @@ def _launch(
     rounding: Rounding | FewBits,
     overflow: Overflow,
     key: Key | None,
+    first: int,
     channels_last: bool,
 ) -> None:
-    """x, result: both dense, with the same strides; they may be the same."""
+    """x, result: both dense, with the same strides; they may be the same. first: the index of the first element."""
     p = parameters(fmt, rounding)
     channels, pixels = (x.shape[1], x[0, 0].numel()) if channels_last else (1, 1)
     source, target = (t.as_strided((t.numel(),), (1,)) for t in (x, result))
     value = 0 if key is None else key.value
-    for start in range(0, len(source), _PIECE):
-        piece = slice(start, start + _PIECE)
+    start = 0
+    while start < len(source):
+        index = first + start
+        piece = slice(start, min(start + _PIECE, start + 2**32 - index % 2**32))
         count = len(source[piece])
         _round[(triton.cdiv(count, _TILE),)](
-            source[piece], target[piece], count, _signed(start, 32), _signed(block_key(value, start >> 32), 64),
+            source[piece], target[piece], count, _signed(index, 32), _signed(block_key(value, index >> 32), 64),
             channels, pixels, MODE=p["mode"], IEEE=overflow is Overflow.INFINITY, CHANNELS_LAST=channels_last,
             ALWAYS=p["always"], LOWEST=p["lowest_level"], MANTISSA=p["mantissa"], COMPOSED=p["composed"],
             DEEP=p["deep_below"], LARGEST=p["largest"], MOST_NEGATIVE=p["lowest"], SIGNED_ZERO=p["signed_zero"],
             FEW=p["few"], HALF=p["half"], TILE=_TILE,
         )  # fmt: skip
+        start = piece.stop
 
 
 def block_key(value: int, block: int) -> int:

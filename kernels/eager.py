@@ -65,7 +65,7 @@ def quantize(
         result = _quantize_blocks(x, fmt, rounding, key, dim)
     else:
         dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
-        rounded = _round(x.reshape(-1), fmt, rounding, overflow, key)
+        rounded = _round(x.reshape(-1), fmt, rounding, overflow, key, _first(key, x, x.numel()))
         if x.is_contiguous():
             result = rounded.as_strided(x.shape, x.stride())
         else:  # copy_ keeps the layout of x, e.g. channels_last
@@ -84,18 +84,29 @@ def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, 
     largest = torch.finfo(x.dtype).max
     scales = blocks.scales(blocks.maxima(rows, largest), fmt, largest)  # (blocks, 1)
     scaled = rows.double() / scales
-    rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key).view(rows.shape)
+    first = _first(key, x, rows.numel())
+    rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key, first).view(rows.shape)
     return blocks.restore((rounded * scales).to(x.dtype), x, fmt, dim)
 
 
-def _round(flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None) -> Tensor:
-    """flat: float32 or float64, contiguous (n,) -> new tensor, same."""
+def _first(key: Key | None, x: Tensor, elements: int) -> int:
+    return key.first_element(x.shape[0], elements) if key and x.ndim else 0
+
+
+def _round(
+    flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None, first: int
+) -> Tensor:
+    """flat: float32 or float64, contiguous (n,), its elements counted from `first` on -> new tensor, same."""
     carrier = _DOUBLE if flat.dtype == torch.float64 else _SINGLE
     rounded = torch.empty_like(flat)
     size = _CPU_BLOCK if flat.device.type == "cpu" else _GPU_BLOCK
-    for start in range(0, len(flat), size):
-        block = flat[start : start + size].view(carrier.integers)
-        rounded[start : start + size] = _round_block(block, carrier, fmt, rounding, overflow, key, start)
+    start = 0
+    while start < len(flat):
+        index = first + start
+        stop = min(start + size, start + 2**32 - index % 2**32)  # what `words` can give
+        block = flat[start:stop].view(carrier.integers)
+        rounded[start:stop] = _round_block(block, carrier, fmt, rounding, overflow, key, index)
+        start = stop
     return rounded
 
 

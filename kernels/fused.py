@@ -39,31 +39,37 @@ def quantize(
     out: Tensor | None = None,
 ) -> Tensor:
     """Round `x` of any shape and strides, on the CPU; see quant.quantize. Few rare cases are left to eager."""
+    first = key.first_element(len(x), x.numel()) if key and x.ndim else 0
+    if first % PIECE and first % 2**32 + x.numel() > 2**32:  # a piece would take words of two blocks of 2**32
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     if isinstance(fmt, BlockFormat):
         return _quantize_blocks(x, fmt, rounding, overflow, key, dim, out)
     if x.dtype == torch.float64:
-        return _quantize_float64(x, fmt, rounding, overflow, key, out)
-    if key is not None and x.numel() > 2**32 and not x.is_contiguous():
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+        return _quantize_float64(x, fmt, rounding, overflow, key, first, out)
     mode, address, _ = _parameters(fmt, rounding)
     infinity = overflow is Overflow.INFINITY
     result = torch.empty_like(x) if out is None else out
     if x.is_contiguous() and result.is_contiguous():
-        _flat(compiled.flat(mode, infinity), x, result, key, address)
+        _flat(compiled.flat(mode, infinity), x, result, key, first, address)
     elif x.stride() != result.stride() or not _is_dense(x):
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
-        _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, address)
+        _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, first, address)
         result.copy_(contiguous)
     elif key is None:  # where an element lies is all the same
         memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in (x, result)]
-        _flat(compiled.flat(mode, infinity), *memory, key, address)
-    elif x.dtype == torch.float32 and x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous():
-        _channels_last(compiled.channels_last(mode, infinity), x, result, key, address)
+        _flat(compiled.flat(mode, infinity), *memory, key, first, address)
+    elif _is_of_images(x) and x.dtype == torch.float32 and first + x.numel() <= 2**32:
+        _channels_last(compiled.channels_last(mode, infinity), x, result, key, first, address)
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
-        _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, address)
+        _flat(compiled.flat(mode, infinity), contiguous, contiguous, key, first, address)
         result.copy_(contiguous)
     return result
+
+
+def _is_of_images(x: Tensor) -> bool:
+    """Whether it lies pixel by pixel."""
+    return x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -76,27 +82,27 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _flat(kernel: CFunc, x: Tensor, result: Tensor, key: Key | None, address: int) -> None:
+def _flat(kernel: CFunc, x: Tensor, result: Tensor, key: Key | None, first: int, address: int) -> None:
     count, words = x.numel(), _key(key)
     if x.dtype == torch.float32:
-        _run(kernel, count, PIECE, x.data_ptr(), result.data_ptr(), words, address, count, 0, PIECE)
+        _run(kernel, count, PIECE, x.data_ptr(), result.data_ptr(), words, address, count, first, PIECE)
         return
     flat, rounded = x.view(-1), result.view(-1)
     for start in range(0, count, _HALVES):
         piece = flat[start : start + _HALVES].float()
         place, size = piece.data_ptr(), len(piece)
-        _run(kernel, size, PIECE, place, place, words, address, size, start, PIECE)
+        _run(kernel, size, PIECE, place, place, words, address, size, first + start, PIECE)
         rounded[start : start + _HALVES].copy_(piece)
 
 
-def _channels_last(kernel: CFunc, x: Tensor, result: Tensor, key: Key, address: int) -> None:
+def _channels_last(kernel: CFunc, x: Tensor, result: Tensor, key: Key, first: int, address: int) -> None:
     images, channels = x.shape[:2]
     pixels = x[0, 0].numel()
     table, unit = _table(channels, pixels)
     units = images * -(-pixels // unit)
     many = max(1, PIECE // (unit * channels))
     places = x.data_ptr(), result.data_ptr(), _key(key), address
-    _run(kernel, units, many, *places, units, many, channels, pixels, table.ctypes.data)
+    _run(kernel, units, many, *places, units, many, channels, pixels, table.ctypes.data, first)
 
 
 @lru_cache(maxsize=256)
@@ -108,13 +114,19 @@ def _table(channels: int, pixels: int) -> tuple[np.ndarray, int]:
 
 
 def _quantize_float64(
-    x: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None, out: Tensor | None
+    x: Tensor,
+    fmt: Format,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    first: int,
+    out: Tensor | None,
 ) -> Tensor:
     mode, address, _ = _wide_parameters(fmt, rounding)
     source, count = x.contiguous(), x.numel()
     rounded = torch.empty_like(source)
     places = source.data_ptr(), rounded.data_ptr(), _key(key), address
-    _run(wide.flat(mode, overflow is Overflow.INFINITY), count, PIECE, *places, count, 0, PIECE)
+    _run(wide.flat(mode, overflow is Overflow.INFINITY), count, PIECE, *places, count, first, PIECE)
     if out is None:
         out = rounded if x.is_contiguous() else torch.empty_like(x)
     return out if out is rounded else out.copy_(rounded)
@@ -130,7 +142,8 @@ def _quantize_blocks(
     out: Tensor | None,
 ) -> Tensor:
     rows = blocks.rows(x, fmt, dim)
-    if x.dtype == torch.float64 or rows.numel() > 2**32:
+    first = key.first_element(len(x), rows.numel()) if key and x.ndim else 0
+    if x.dtype == torch.float64 or first + rows.numel() > 2**32:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     rows, largest = rows.float(), torch.finfo(x.dtype).max
     rounded = torch.empty_like(rows)
@@ -142,7 +155,7 @@ def _quantize_blocks(
         tensor = blocks.tensor_scale(float(maxima.amax()), fmt, largest)
         numbers = blocks.counted(largest), fmt.element.largest, tensor, fmt.scale.largest, fmt.scale.smallest_subnormal
         exponent = math.frexp(fmt.scale.smallest_normal)[1] - 1
-        more = maxima.data_ptr(), *map(bits64, numbers), exponent, fmt.scale.mantissa_bits
+        more = maxima.data_ptr(), *map(bits64, numbers), exponent, fmt.scale.mantissa_bits, first
         left = _run(wide.scaled(mode), count, many, *places, address, count, many, length, *more)
     elif count == 1 and length > _ALONE:  # threads share the block, whose scale is known before
         mode, _, values = _parameters(fmt.element, rounding)
@@ -151,10 +164,10 @@ def _quantize_blocks(
         values = _of_block(values, bits(float(torch.cat(pieces).amax())))
         left = values is None
         if not left:
-            _run(compiled.flat(mode, False), length, PIECE, *places, values.ctypes.data, length, 0, PIECE)
+            _run(compiled.flat(mode, False), length, PIECE, *places, values.ctypes.data, length, first, PIECE)
     else:
         mode, address, _ = _parameters(fmt.element, rounding, x.dtype)
-        left = _run(compiled.blocks(mode), count, many, *places, address, count, many, length)
+        left = _run(compiled.blocks(mode), count, many, *places, address, count, many, length, first)
     if left:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     result = blocks.restore(rounded.to(x.dtype), x, fmt, dim)

@@ -30,9 +30,14 @@ def mix64(z: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Names one stream of random words. `value` is a whole number below 2**64; equal keys, equal words."""
+    """Names one stream of random words. `value` is a whole number below 2**64; equal keys, equal words.
+
+    first_row: how many rows, by its first dimension, of a larger tensor come before the one that is rounded: its
+    elements take the words that they would take there.
+    """
 
     value: int
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or not 0 <= self.value <= _MASK64:
@@ -46,7 +51,11 @@ class Key:
 
     def fold(self, number: int) -> Key:
         """A further key, one for each whole `number` >= 0: a step, a call."""
-        return Key(mix64((self.value + _GAMMA * (number + 1)) & _MASK64))
+        return Key(mix64((self.value + _GAMMA * (number + 1)) & _MASK64), self.first_row)
+
+    def first_element(self, rows: int, elements: int) -> int:
+        """The index of the first of so many elements in so many rows."""
+        return self.first_row * elements // max(rows, 1)
 
     def parts(self, block: int = 0, draw: int = 0) -> tuple[int, int, int]:
         """The three 32-bit words that enter the hash, for elements [block * 2**32, (block + 1) * 2**32).

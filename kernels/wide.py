@@ -173,7 +173,7 @@ def scaled(mode: int):
     Further fields: how many blocks; size, how many of them are a piece; length; the address of the largest magnitude of
     each block; the bits of five float64 numbers: the largest magnitude that counts, the element's largest value,
     `tensor`, the scale's largest and smallest value; and, of the scale's smallest normal value and last place, the
-    exponents of two.
+    exponents of two; first, the index of the first number.
     """
 
     @cfunc("void(int64)", **KERNEL)
@@ -186,7 +186,7 @@ def scaled(mode: int):
         maxima, most = field(task, 10), _as_double(field(task, 11))
         element_largest, tensor = _as_double(field(task, 12)), _as_double(field(task, 13))
         scale_largest, scale_smallest = _as_double(field(task, 14)), _as_double(field(task, 15))
-        lowest_exponent, digits = field(task, 16), field(task, 17)
+        lowest_exponent, digits, first = field(task, 16), field(task, 17), field(task, 18)
         k0, k1, k2 = words_of(key, 0, 0)
         l0, l1, l2 = words_of(key, 0, LOW_WORD)
         piece = next_piece(task)
@@ -203,8 +203,8 @@ def scaled(mode: int):
                 for i in range(number * length, (number + 1) * length):
                     quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
                     rounded, deep = _round(
-                        mode, False, quotient, uint32(i), k0, k1, k2, l0, l1, l2, always, lowest_level, mantissa,
-                        largest, lowest, signed_zero, few, half,
+                        mode, False, quotient, uint32(first + i), k0, k1, k2, l0, l1, l2, always, lowest_level,
+                        mantissa, largest, lowest, signed_zero, few, half,
                     )  # fmt: skip
                     undecided |= deep
                     store(target, i, as_bits(float32(_as_double(rounded) * scale)))
@@ -212,7 +212,9 @@ def scaled(mode: int):
                     for i in range(number * length, (number + 1) * length):
                         quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
                         if _is_deep(quotient, lowest_level, always):
-                            rounded = _deep(quotient, uint32(i), 0, key, always, lowest_level, smallest, signed_zero)
+                            rounded = _deep(
+                                quotient, uint32(first + i), 0, key, always, lowest_level, smallest, signed_zero
+                            )
                             store(target, i, as_bits(float32(_as_double(rounded) * scale)))
             piece = next_piece(task)
 

@@ -310,6 +310,38 @@ def test_threads_of_python_may_round_at_once():
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.parametrize("rounding", [Rounding.STOCHASTIC, FewBits(4)], ids=str)
+@pytest.mark.parametrize("name", ["float8", "mxfp8_e4m3", "nvfp4", "bfp8_row"])
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_a_part_takes_the_words_of_the_whole(backend, name, rounding):
+    """Rows from `first_row` on, as a process that has a part of the batch rounds them."""
+    whole = torch.randn(12, 40, 6, 5, generator=torch.Generator().manual_seed(9)) * 1e-3
+    if name == "nvfp4":  # whose scale follows the largest number of the tensor
+        whole[:, 0, 0, 0] = 1.0
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = whole.to(memory_format=layout)
+        expected = quantize(x, name, rounding, 7, dim=1)
+        for rows in (slice(0, 5), slice(5, 12)):
+            part = quantize(x[rows], name, rounding, Key(7, rows.start), dim=1, backend=backend)
+            assert torch.equal(part, expected[rows])
+    if name == "float8":
+        x = whole.double()
+        part = quantize(x[5:], name, rounding, Key(7, 5), backend=backend)
+        assert torch.equal(part, quantize(x, name, rounding, 7)[5:])
+
+
+@pytest.mark.parametrize("name", ["float8", "nvfp4"])
+def test_a_part_across_2_to_the_32(name):
+    """Where the words begin anew with another key."""
+    x = torch.randn(2, 3 * 2**16, generator=torch.Generator().manual_seed(10)) * 1e-6
+    for first_row in (2**32 // (3 * 2**16), 2**16, 2**20):
+        key = Key(7, first_row)
+        slow, quick = (quantize(x, name, "stochastic", key, backend=backend) for backend in ("eager", "fused"))
+        assert same(slow, quick)
+    halves = [quantize(x[row], name, "stochastic", Key(7), backend="fused") for row in (0, 1)]
+    assert not torch.equal(halves[0], quantize(x, name, "stochastic", Key(7, 2**16))[0])
+
+
 def test_float32_leaves_every_bit_alone():
     x = numbers()["any"]
     for backend in ("eager", "fused"):
