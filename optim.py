@@ -130,7 +130,12 @@ class Weights:
         """
         self.rounded_at[p] = self.clock.step, call
         if p in self.lost:
-            self._take_compensated(p, call, self.lost[p] if compensate else self.lost[p].zero_())
+            wanted = p + self.lost[p] if compensate else p
+            rounded = self._weight(p.copy_(wanted))
+            lost = self.lost[p].copy_(wanted - rounded) if compensate else self.lost[p].zero_()
+            if round_ := self.compensation[p]:
+                round_(lost, call, out=lost)
+            p.copy_(rounded)
             self._seen[p] = _version(p)
             return
         if p in self.masters:
@@ -141,15 +146,6 @@ class Weights:
                 master.copy_(p)
         self._weight(p, out=p)
         self._seen[p] = _version(p)
-
-    def _take_compensated(self, p: Tensor, call: int, lost: Tensor) -> None:
-        wanted = p + lost
-        p.copy_(wanted)
-        self._weight(p, out=p)
-        round_ = self.compensation[p]
-        lost.copy_(wanted.sub_(p))
-        if round_:
-            round_(lost, call, out=lost)
 
     @torch.no_grad()
     def settle(self, parameters: Iterable[Tensor | None] | None = None) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from config import ALL_SITES, Config, ConfigError, flag
 from data import DATASETS
-from formats import SITES, Overflow, Rounding
+from formats import Overflow, Rounding
 from recipes import RECIPES, with_recipe
 
 
@@ -186,7 +186,7 @@ def rules(**settings) -> dict[str, str]:
 
 def test_which_sites_are_rounded_and_how():
     assert rules() == {}
-    assert rules(precision="float8") == {site: "float8:nearest" for site in SITES if site != "accumulator"}
+    assert rules(precision="float8") == dict.fromkeys(ALL_SITES, "float8:nearest")
     assert rules(precision="float8", quantize="none") == {}
     assert rules(precision="float8", rounding="stochastic", quantize="errors,weights") == {
         "weights": "float8:stochastic",

@@ -65,6 +65,8 @@ WRONG = [
     ("--optimizer", "lbfgs", "adamw"),
     ("--momentum", "-1", ">= 0"),
     ("--weight-decay", "x", ">= 0"),
+    ("--average-last", "1.5", "a fraction, 0 <= f <= 1"),
+    ("--average-last", "nan", "a fraction"),
     ("--schedule", "step", "onecycle"),
     ("--loss-scale", "0", "dynamic"),
     ("--loss-scale", "static", "dynamic"),
@@ -106,7 +108,7 @@ def test_a_wrong_value_is_named_with_its_flag_and_what_is_allowed(cli, tmp_path,
 
 def test_every_flag_has_a_wrong_value_above():
     flags = {option for action in main.parser()._actions for option in action.option_strings}
-    assert flags - {flag for flag, _, _ in WRONG} == {"-h", "--help", "--list-formats", "--debug"}
+    assert flags - {flag for flag, _, _ in WRONG} == {"-h", "--help", "--list-formats", "--list-recipes", "--debug"}
 
 
 @pytest.mark.parametrize("flag", list(dict.fromkeys(flag for flag, _, _ in WRONG)))
