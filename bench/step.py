@@ -1,7 +1,8 @@
 """What rounding costs in a training step: python bench/step.py [--rounds 10] [--models linear,cnn,resnet20]
 
 For each model, steps in float32 (the same plain PyTorch loop, without any of this project's hooks, and with train.py's
-layout), then with every site rounded, take turns; printed are medians of ms a step, quartiles, the ratio to float32 in
+layout), then all that train.py does in a float32 step (images cropped and flipped from bytes, metrics), then steps with
+every site rounded, take turns; printed are medians of ms a step, quartiles, the ratio to float32 in
 the same round, and the most memory that a process of its own with such steps had (read from Linux's /proc). Random data
 of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32 (channels_last).
 """
@@ -20,14 +21,19 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import measure
 import models
 from formats import ALL_SITES, Rounding, rule_of
+from optim import lean
 from quant import LowPrecision, Scheme
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
 WIDE = rule_of("float16:stochastic")
+WHOLE = "float32, all of it"
 SETTINGS = {
     "float32": None,
+    WHOLE: {},
     "float8 nearest": dict.fromkeys(ALL_SITES, rule_of("float8", Rounding.NEAREST)),
     "float8 stochastic": dict.fromkeys(ALL_SITES, rule_of("float8", Rounding.STOCHASTIC)),
     "qtorch-tutorial": dict.fromkeys(ALL_SITES, rule_of("float8")) | {"momentum": WIDE, "accumulator": WIDE},
@@ -57,10 +63,45 @@ def stepper(name: str, rules: dict | None, backend: str) -> Callable[[], None]:
     return step
 
 
+def whole_stepper(name: str) -> Callable[[], None]:
+    """A function that does what train.py does between two rows of numbers and the next: data and metrics too."""
+    rows, shape, outputs = SHAPES[name]
+    model = models.build(name, shape, outputs, 1)
+    task = "regression" if outputs == 1 else "classification"
+    if len(shape) == 3:
+        images = torch.randint(0, 256, (50 * rows, *shape), dtype=torch.uint8)
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, images))
+        scale = torch.full((1, shape[0], 1, 1), 120.0), torch.full((1, shape[0], 1, 1), 60.0)
+    else:
+        x, scale = torch.randn(50 * rows, *shape), None
+    y = torch.randn(len(x), 1) if outputs == 1 else torch.randint(0, outputs, (len(x),))
+    split = data.Data(x, y, x, y, image_scale=scale)
+    low = LowPrecision(model, Scheme({}))
+    optimizer = low.attach(lean(torch.optim.SGD)(model.parameters(), lr=0.01, momentum=0.9))
+    metrics, noise = measure.TrainMetrics(task), torch.Generator().manual_seed(3)
+
+    def step() -> None:
+        batch = torch.randint(0, len(x), (rows,))
+        features, truth = split.features(split.train_x[batch], noise), split.train_y[batch]
+        output = model(features)
+        loss = measure.loss_of(output, truth, task)
+        metrics.add(loss.detach(), measure.count_correct(output, truth, task), rows)
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        low.scale(loss).backward()
+        optimizer.step()
+
+    return step
+
+
 def memory(name: str, setting: str, backend: str) -> float:
     """MB that a process with some steps took at most."""
     command = [sys.executable, __file__, "--models", name, "--memory-of", setting, "--backend", backend]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def stepper_of(name: str, setting: str, backend: str) -> Callable[[], None]:
+    return whole_stepper(name) if setting == WHOLE else stepper(name, SETTINGS[setting], backend)
 
 
 def main() -> None:
@@ -71,7 +112,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.memory_of:
-        step = stepper(given.models, SETTINGS[given.memory_of], given.backend)
+        step = stepper_of(given.models, given.memory_of, given.backend)
         for _ in range(4):
             step()
         (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
@@ -79,7 +120,7 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.backend}, n = {given.rounds} rounds")
     for name in given.models.split(","):
-        steps = {setting: stepper(name, rules, given.backend) for setting, rules in SETTINGS.items()}
+        steps = {setting: stepper_of(name, setting, given.backend) for setting in SETTINGS}
         calls = 1 if name == "resnet20" else 50
         for step in steps.values():
             for _ in range(2):  # what is loaded and compiled once
