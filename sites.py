@@ -111,7 +111,7 @@ class LayerRounding(nn.Module):
     @untraced
     def after(self, layer: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         """The layer's forward hook: rounds what it gives."""
-        in_place = next(iter(layer._forward_hooks.values())) == self.after and _is_new(output)
+        in_place = next(iter(layer._forward_hooks.values())) == self.after and _is_new(layer, output)
         y = self._around(output, self.activations, self.output_errors, _replica(layer, output), in_place)
         return y if self.activations or y is output else y.clone()  # Round's view would refuse an in-place ReLU
 
@@ -132,7 +132,7 @@ class LayerRounding(nn.Module):
         if in_place:
             if forward:
                 forward(x.detach(), call, out=x.detach(), **settings)
-            if backward:
+            if backward and x.requires_grad:
                 x.register_hook(round_error)
             return x
         return Round.apply(x, forward and (lambda y: forward(y, call, **settings)), backward and round_error)
@@ -141,10 +141,13 @@ class LayerRounding(nn.Module):
 _MAKERS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")  # going back, none of them reads its output
 
 
-def _is_new(output: Tensor) -> bool:
+def _is_new(layer: nn.Module, output: Tensor) -> bool:
     """Whether a layer's own operation made the output and nobody else can have seen it: it can be rounded in place."""
-    seen = torch._C._are_functorch_transforms_active() or nn.modules.module._global_forward_hooks
-    return not seen and type(output.grad_fn).__name__ in _MAKERS
+    if torch._C._are_functorch_transforms_active() or nn.modules.module._global_forward_hooks:
+        return False
+    if output.grad_fn is None:  # nothing tells how it was made, but that of torch's own layers we know
+        return type(layer) in LAYER_TYPES and "forward" not in vars(layer)
+    return type(output.grad_fn).__name__ in _MAKERS
 
 
 def _replica(layer: nn.Module, x: Tensor) -> int:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from formats import NAMED, SITES, Format, Overflow, Rounding, Rule, format_named
+from formats import ALL_SITES, NAMED, Format, Overflow, Rounding, Rule, format_named
 from kernels.noise import Key
 from quant import LayerRounding, LowPrecision, Scheme, quantize
 from sites import Round
 
 FLOAT8 = NAMED["float8"]
-ALL = SITES[:-1]  # without the accumulator
+SITES = (*ALL_SITES, "accumulator")  # a compensation would stand in its place
+ALL = ALL_SITES
 # A format of its own for each site: a rounding at the wrong place shows.
 DISTINCT = {
     "weights": "float8_e4m3fn",

@@ -12,11 +12,12 @@ from conftest import ROOT
 from test_sites import FLOAT8, batch, equal, holds, nearest, parameters, rule, rules, small
 from torch import nn
 
-from formats import NAMED, SITES, Rounding, Rule
+from formats import ALL_SITES, NAMED, Rounding, Rule
 from quant import LowPrecision, Scheme, quantize, quantize_model, quantize_optimizer
 
 AROUND = ("inputs", "activations", "errors")
 FLOAT16 = NAMED["float16"]
+SITES = (*ALL_SITES, "accumulator")  # a compensation would stand in its place
 
 
 def rounded(model, *sites, rounding="stochastic", fmt="float8", **settings) -> nn.Module:
