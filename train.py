@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -58,8 +58,8 @@ class Diverged(Exception):
         self.step = step
 
 
-def run(config: Config, command: str | None = None, resume: Path | None = None) -> Result:
-    """Train as `config` says and record it; `command` is recorded as what started the run.
+def run(config: Config, command: str | None = None, resume: Path | None = None, quiet: bool = False) -> Result:
+    """Train as `config` says and record it; `command` is recorded as what started the run; quiet: without progress.
 
     resume: the folder of an unfinished record of the same configuration, to go on with from its last checkpoint. A run
     that diverges is a result too, its status "diverged". Ctrl-C, SIGTERM and SIGHUP end the run after its step, with a
@@ -69,10 +69,10 @@ def run(config: Config, command: str | None = None, resume: Path | None = None) 
     "interrupted". The exception's notes then say where it lies and how to go on.
     """
     with Processes(_device(config.device)) as processes:
-        return _run(config.resolved(), processes, command, resume)
+        return _run(config.resolved(), processes, command, resume, quiet or not processes.first)
 
 
-def _run(config: Config, processes: Processes, command: str | None, resume: Path | None) -> Result:
+def _run(config: Config, processes: Processes, command: str | None, resume: Path | None, quiet: bool) -> Result:
     device = processes.device
     started = time.monotonic()
 
@@ -107,7 +107,7 @@ def _run(config: Config, processes: Processes, command: str | None, resume: Path
     else:
         record = track.NoRecord()
     wandb = _wandb(at, processes.first)
-    progress = console.Progress(config, steps, at.step, quiet=not processes.first)
+    progress = console.Progress(config, steps, at.step, quiet=quiet)
     due = Due(config.checkpoint_every)
 
     def write_checkpoint() -> None:
@@ -385,6 +385,7 @@ def _environment(config: Config, processes: Processes) -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> str | None:
     """The commit of this code, "-dirty" where files differ from it; None outside a git checkout."""
     here = Path(__file__).parent

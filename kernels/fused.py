@@ -224,7 +224,7 @@ def _key(key: Key | None) -> int:
 
 
 def _run(kernel: CFunc, count: int, size: int, source: int, target: int, key: int, address: int, *more: int) -> int:
-    """Has `count` things done, `size` of them a piece, by as many threads as torch has; returns what it says."""
+    """Has `count` things done, `size` of them a piece, by torch's threads; returns the task's second field."""
     pieces = -(-count // size)
     task = array("q", (0, 0, pieces, source, target, key, address, *more))
     place = task.buffer_info()[0]
