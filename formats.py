@@ -40,6 +40,9 @@ class Format:
     source: str
     twos_complement: bool = False  # whether one more negative value lies beyond -largest, as in fixed point
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # a dataclass's own, of all fields, took a tenth of rounding a small tensor
+
     def __str__(self) -> str:
         return self.name
 
@@ -84,6 +87,9 @@ class BlockFormat:
     scale: Format | None  # None: a power of two
     source: str
     has_infinity: bool = False
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     def __str__(self) -> str:
         return self.name

@@ -150,7 +150,7 @@ def quantize(
     out: Tensor | None = None,
 ) -> Tensor:
     """Round `x` of any shape and strides, on CUDA; see quant.quantize. float64 and blocks are left to eager."""
-    first = key.first_element(len(x), x.numel()) if key and x.ndim else 0
+    first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
     images = x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
     images &= x.numel() <= _PIECE and first % 2**32 + x.numel() <= 2**32
     if isinstance(fmt, BlockFormat) or x.dtype == torch.float64:

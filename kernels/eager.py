@@ -90,7 +90,7 @@ def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, 
 
 
 def _first(key: Key | None, x: Tensor, elements: int) -> int:
-    return key.first_element(x.shape[0], elements) if key and x.ndim else 0
+    return key.first_element(len(x), elements) if key and key.first_row else 0
 
 
 def _round(

@@ -39,7 +39,7 @@ def quantize(
     out: Tensor | None = None,
 ) -> Tensor:
     """Round `x` of any shape and strides, on the CPU; see quant.quantize. Few rare cases are left to eager."""
-    first = key.first_element(len(x), x.numel()) if key and x.ndim else 0
+    first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
     if first % PIECE and first % 2**32 + x.numel() > 2**32:  # a piece would take words of two blocks of 2**32
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     if isinstance(fmt, BlockFormat):
@@ -142,7 +142,7 @@ def _quantize_blocks(
     out: Tensor | None,
 ) -> Tensor:
     rows = blocks.rows(x, fmt, dim)
-    first = key.first_element(len(x), rows.numel()) if key and x.ndim else 0
+    first = key.first_element(len(x), rows.numel()) if key and key.first_row else 0
     if x.dtype == torch.float64 or first + rows.numel() > 2**32:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     rows, largest = rows.float(), torch.finfo(x.dtype).max
