@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import main
+import report
 from config import DATASETS, MODELS, Config, flag
 from formats import NAMED, SITES, Rounding
 
@@ -48,3 +49,9 @@ def test_every_flag_is_in_the_table_with_its_default(f):
 def test_every_name_is_there():
     names = [*DATASETS, *MODELS, *NAMED, *SITES, *(rounding.value for rounding in Rounding)]
     assert [name for name in names if name not in README] == []
+
+
+@pytest.mark.parametrize("path", re.findall(r"<!-- (results/\S+\.csv) -->", README))
+def test_tables_are_those_of_the_records(path):
+    shown = README.split(f"<!-- {path} -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == report.table(report.read([ROOT / path]), "testing_accuracy")
