@@ -1,195 +1,197 @@
 """Records to tables and figures; trains nothing: `python report.py runs --metric testing_accuracy --figure out.png`.
 
-Runs that differ in their seeds alone are one setting. A table has a line for each setting, a figure a curve: the median
-over its runs, and from the 5th to the 95th percentile where there are several.
+Runs that differ in their seeds alone are one setting. A table has a line for each setting: the median over its runs,
+and the 5th to the 95th percentile; and the mean difference to float32 in pairs of runs of the same seed, with its 95 %
+confidence interval (bootstrap of the pairs). A figure has a curve for each setting and, for several runs, where they
+end. A diverged run has no last value: it is counted, and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
-import json
+import io
+import re
+import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from config import Config, ConfigError
-from formats import ADDED_SITES, ALL_SITES, FLOAT32, Rule, format_named, rounding_named
+import figures
+import records
+from config import ConfigError
+from records import Run
 
-COLUMNS = ("setting", "seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito 2008
-STYLES = ("-", "--", "-.", ":")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None."""
-
-    setting: str
-    seed: int
-    status: str
-    seconds: float
-    history: list[dict[str, float | None]]
+RESAMPLES = 9999  # of the bootstrap
+BLOCK = re.compile(r"(<!-- report\.py (.*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)  # of a README
 
 
-def setting_of(config: Config) -> str:
-    """What is rounded, in a few words: "float8 stochastic; accumulator float16 stochastic"."""
-    rules = config.rules()
-    if not rules:
-        return "float32"
-    base = Rule(format_named(config.precision), rounding_named(config.rounding))
-    words = [str(base).replace(":", " ", 1)]
-    if base.format == FLOAT32:
-        words = []
-    elif left := [site for site in ALL_SITES if site not in rules]:
-        kept = [site for site in ALL_SITES if rules.get(site) == base]
-        words = [f"{words[0]} {', '.join(kept)}"] if len(kept) < len(left) else [*words, f"{', '.join(left)} float32"]
-    others = [(str(rule), site) for site, rule in rules.items() if rule != base or site in ADDED_SITES]
-    for rule, sites in itertools.groupby(sorted(others, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
-        words.append(f"{', '.join(site for _, site in sites)} {rule.replace(':', ' ', 1)}")
-    return "; ".join(words)
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of their mean, by bootstrap (percentiles); the same numbers at each call.
+
+    None of fewer than two, or of equal ones, which say nothing of a spread.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    if len(set(differences)) < 2:
+        return None
+    found = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def read(paths: Iterable[Path]) -> list[Run]:
-    """The runs of record folders, of folders of them, and of CSV files that `save` wrote."""
-    runs: list[Run] = []
-    folders: list[Path] = []
-    for path in paths:
-        if path.suffix == ".csv":
-            runs += _from_csv(path)
-        else:
-            folders += [path] if (path / "config.json").exists() else [p.parent for p in path.glob("*/config.json")]
-    configs = {f: Config.from_json((f / "config.json").read_text()) for f in folders if (f / "summary.json").exists()}
-    ordered = sorted(configs, key=lambda f: (configs[f].group, configs[f].seed, configs[f].noise_seed))
-    return runs + [_from_record(folder, configs[folder], list(configs.values())) for folder in ordered]
+def pairs(runs: Sequence[Run], baseline: Sequence[Run], metric: str, epoch: int | None = None) -> list[float]:
+    """What each run has more than the baseline's run of its seed."""
+    those = {run.seed: run.value(metric, epoch) for run in baseline}
+    both = [(run.value(metric, epoch), those.get(run.seed)) for run in runs]
+    return [a - b for a, b in both if a is not None and b is not None]
 
 
-def _from_record(folder: Path, config: Config, others: list[Config]) -> Run:
-    """others: of all runs; what the settings of one name differ in belongs to their names."""
-    name, plain = setting_of(config), _without_seeds(config)
-    alike = [_without_seeds(other) for other in others if setting_of(other) == name]
-    name = " ".join([name, *sorted({text.partition(", not ")[0] for o in alike for text in plain.differences(o)})])
-    summary = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return Run(name, config.seed, summary["status"], summary["seconds"], list(map(json.loads, lines)))
+def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None,)) -> list[list[str]]:
+    """Lines of cells, the first their heads: each setting's `metric` after each of `epochs` (None: the last)."""
+    percent = figures.is_percent(metric)
+    factor, unit = (100, " %") if percent else (1, "")
+
+    def shown(value: float) -> str:
+        return f"{factor * value:.2f}{unit}" if percent else f"{value:.4g}"
+
+    def change(value: float) -> str:
+        return f"{factor * value:+.2f}" if percent else f"{value:+.2g}"
+
+    groups = records.by_setting(runs)
+    baselines = {setting: groups.get(records.baseline_of(setting), []) for setting in groups}
+    compared = any(group is not baselines[setting] for setting, group in groups.items() if baselines[setting])
+    head = ["what is rounded", "runs", "epochs"]
+    for epoch in epochs:
+        head.append(metric.replace("_", " ") + (f", epoch {epoch}" if epoch else ""))
+        head += ["difference to float32" + (", points" if percent else "")] * compared
+    lines = [[*head, "time a run"]]
+    for setting, group in groups.items():
+        count = sorted({run.epochs for run in group})
+        cells = [setting, str(len(group)), "-".join(str(n) for n in sorted({count[0], count[-1]}))]
+        for epoch in epochs:
+            there = [value for run in group if (value := run.value(metric, epoch)) is not None]
+            text = shown(statistics.median(there)) if there else "-"
+            if len(set(there)) > 1:
+                text += f" ({' - '.join(map(shown, figures.band(there)))})"
+            if len(there) < len(group):
+                text += f"; {len(group) - len(there)} diverged"
+            cells.append(text)
+            if compared:
+                found = [] if group is baselines[setting] else pairs(group, baselines[setting], metric, epoch)
+                text = change(statistics.fmean(found)) if found else "-"
+                if ends := interval(found):
+                    text += f" [{', '.join(map(change, ends))}]"
+                cells.append(text)
+        lines.append([*cells, _time(statistics.median(run.seconds for run in group))])
+    return lines
 
 
-def _without_seeds(config: Config) -> Config:
-    return replace(config, seed=0, rounding_seed=0)
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.3g} min" if seconds >= 60 else f"{seconds:.2g} s"
 
 
-def _from_csv(path: Path) -> Iterator[Run]:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]])
+
+
+def _plain(path: Path) -> list[list[str]] | None:
+    """The cells of a CSV file that holds no runs, as those of experiments/; None of one that does."""
     with open(path, newline="") as file:
-        for (setting, seed, status, seconds), rows in itertools.groupby(
-            csv.DictReader(file), key=lambda row: tuple(row[name] for name in COLUMNS[:4])
-        ):
-            history = [{k: float(v) for k, v in row.items() if v and k not in COLUMNS[:4]} for row in rows]
-            yield Run(setting, int(seed), status, float(seconds), history)
+        lines = [line for line in csv.reader(file) if line]
+    return None if not lines or lines[0][: len(records.COLUMNS)] == list(records.COLUMNS) else lines
 
 
-def save(runs: Sequence[Run], path: Path) -> None:
-    """A CSV file with a line for each epoch of each run, small enough to keep beside the code."""
-    metrics = list(dict.fromkeys(name for run in runs for line in run.history for name in line if name != "epoch"))
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow([*COLUMNS, *metrics])
-        for run in runs:
-            for line in run.history:
-                values = [None if line.get(name) is None else f"{line[name]:.6g}" for name in metrics]
-                rows.writerow([run.setting, run.seed, run.status, run.seconds, int(line["epoch"]), *values])
+def rewritten(text: str, folder: Path) -> str:
+    """A README's text with each block `<!-- report.py ARGUMENTS -->` to `<!-- end -->` made anew; paths in `folder`."""
+
+    def block(found: re.Match[str]) -> str:
+        given = _parser().parse_args(shlex.split(found[2]))
+        return found[1] + _told([folder / path for path in given.paths], given)
+
+    return BLOCK.sub(block, text)
 
 
-def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """In the order in which settings come up first."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.setting, []).append(run)
+def _told(paths: list[Path], given: argparse.Namespace) -> str:
+    """The table in Markdown."""
+    if len(paths) == 1 and paths[0].suffix == ".csv" and (lines := _plain(paths[0])):
+        return markdown(lines)
+    return markdown(table(_runs(paths, given.metric), given.metric, given.at or (None,)))
+
+
+def _runs(paths: Sequence[Path], metric: str) -> list[Run]:
+    runs = records.read(paths)
+    if not runs:
+        raise ValueError(f"{', '.join(map(str, paths)) or 'paths: none given'}: no record there, nor a CSV file")
+    if metric not in (known := records.metrics(runs)):
+        raise ValueError(f"--metric: given {metric}, allowed here: {', '.join(known)}")
+    return runs
+
+
+def _epochs(text: str) -> list[int]:
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
     return found
 
 
-def table(runs: Sequence[Run], metric: str) -> str:
-    """Markdown: of each setting the last value of `metric`, its median and range, and the minutes of a run."""
-    percent = metric.endswith("accuracy")
-    shown = (lambda v: f"{100 * v:.2f} %") if percent else (lambda v: f"{v:.4g}")
-    lines = [
-        f"| what is rounded | runs | epochs | {metric.replace('_', ' ')} | minutes a run |",
-        "|---|---|---|---|---|",
-    ]
-    for setting, group in by_setting(runs).items():
-        last = [run.history[-1].get(metric) if run.history else None for run in group]
-        there = [value for value in last if value is not None]
-        value = shown(statistics.median(there)) if there else "-"
-        if len(there) > 1:
-            value = f"{value} ({shown(min(there))} - {shown(max(there))})"
-        if stopped := sum(run.status == "diverged" for run in group):
-            value += f"; {stopped} diverged"
-        epochs = "-".join(sorted({str(len(run.history)) for run in group}, key=int))
-        minutes = statistics.median(run.seconds for run in group) / 60
-        lines.append(f"| {setting} | {len(group)} | {epochs} | {value} | {minutes:.3g} |")
-    return "\n".join(lines)
-
-
-def figure(runs: Sequence[Run], metric: str, path: Path, title: str) -> None:
-    """`metric` over the epochs, a curve for each setting: PNG or SVG, by the file's name."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    percent = metric.endswith("accuracy")
-    chart, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, (setting, group) in enumerate(by_setting(runs).items()):
-        look = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
-        epochs = range(1, max(len(run.history) for run in group) + 1)
-        curves = [[line.get(metric) for run in group for line in run.history[e - 1 : e]] for e in epochs]
-        curves = [[100 * v if percent else v for v in values if v is not None] for values in curves]
-        places = [e for e, values in zip(epochs, curves, strict=True) if values]
-        curves = [values for values in curves if values]
-        middle = [statistics.median(values) for values in curves]
-        last = f" {middle[-1]:.1f} %" if percent and middle else f" {middle[-1]:.3g}" if middle else ""
-        several = f", n = {len(group)}" if len(group) > 1 else ""
-        axes.plot(places, middle, label=f"{setting}:{last}{several}", linewidth=1.8, marker="o", markersize=3, **look)
-        if len(group) > 1:
-            ends = [
-                statistics.quantiles(v, n=20, method="inclusive")[::18] if len(v) > 1 else (v[0], v[0]) for v in curves
-            ]
-            axes.fill_between(places, *zip(*ends, strict=True), color=look["color"], alpha=0.2, linewidth=0)
-    axes.set(xlabel="epoch", ylabel=metric.replace("_", " ") + (" (%)" if percent else ""), title=title)
-    axes.grid(alpha=0.3)
-    chart.legend(loc="outside lower center", title="what is rounded: last value", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart.savefig(path, dpi=150)
-    plt.close(chart)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("paths", nargs="*", type=Path, help="record folders, folders of them, or CSV files of --save")
+    parser.add_argument("--metric", default="testing_accuracy", help="of metrics.jsonl [default: testing_accuracy]")
+    parser.add_argument("--at", type=_epochs, help="comma-separated epochs of the table and of --save [default: last]")
+    parser.add_argument("--figure", type=Path, help="a PNG or SVG file: its curves, and where they end")
+    parser.add_argument("--map", type=Path, help="a PNG or SVG file: its last value by exponent and mantissa bits")
+    parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--save", type=Path, help="a CSV file of every run: all epochs, or those of --at")
+    parser.add_argument("--output", type=Path, help="a folder for all of it: table, figures as PNG and SVG, runs")
+    parser.add_argument("--readme", type=Path, help="a Markdown file whose blocks of this script are made anew")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("paths", nargs="+", type=Path, help="record folders, folders of them, or CSV files of --save")
-    parser.add_argument("--metric", default="testing_accuracy", help="of metrics.jsonl [default: testing_accuracy]")
-    parser.add_argument("--figure", type=Path, help="a PNG or SVG file of its curves")
-    parser.add_argument("--title", default="", help="of the figure")
-    parser.add_argument("--save", type=Path, help="a CSV file with every epoch of every run")
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
     try:
-        runs = read(given.paths)
-        known = sorted({name for run in runs for line in run.history for name in line if name != "epoch"})
-        if not runs:
-            raise ValueError(f"{', '.join(map(str, given.paths))}: no record there, nor a CSV file")
-        if given.metric not in known:
-            raise ValueError(f"--metric: given {given.metric}, allowed here: {', '.join(known)}")
-        if given.figure and given.figure.suffix not in (".png", ".svg"):
-            raise ValueError(f"--figure: given {given.figure}, allowed: a name in .png or .svg")
+        if given.readme:
+            text = given.readme.read_text()
+            given.readme.write_text(rewritten(text, given.readme.parent))
+            if not given.paths:
+                return 0
+        for name in ("figure", "map"):
+            path = getattr(given, name)
+            if path and path.suffix not in (".png", ".svg"):
+                raise ValueError(f"--{name}: given {path}, allowed: a name in .png or .svg")
+        told = _told(given.paths, given)
+        if not any((given.save, given.figure, given.map, given.output)):
+            print(told, end="")
+            return 0
+        runs = _runs(given.paths, given.metric)
+        if given.map and not figures.has_bit_widths(runs):
+            raise ValueError("--map: given no run in a format eXmY, allowed: at least one")
+        drawn: list[tuple[Callable, Path]] = []
+        if given.figure:
+            drawn.append((figures.curves, given.figure))
+        if given.map:
+            drawn.append((figures.bit_widths, given.map))
+        if given.output:
+            kinds = [(figures.curves, "curves")] + [(figures.bit_widths, "map")] * figures.has_bit_widths(runs)
+            drawn += [(draw, given.output / f"{name}.{end}") for draw, name in kinds for end in ("png", "svg")]
+            given.output.mkdir(parents=True, exist_ok=True)
+            (given.output / "table.md").write_text(told)
+            cells = io.StringIO(newline="")
+            csv.writer(cells, lineterminator="\n").writerows(table(runs, given.metric, given.at or (None,)))
+            (given.output / "table.csv").write_text(cells.getvalue())
+            records.save(runs, given.output / "runs.csv", given.at or ())
+        print(told, end="")
+        if given.save:
+            records.save(runs, given.save, given.at or ())
+        for draw, path in drawn:
+            draw(runs, given.metric, path, given.title, given.at or ())
     except (ConfigError, OSError, ValueError, KeyError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2
-    print(table(runs, given.metric))
-    if given.save:
-        save(runs, given.save)
-    if given.figure:
-        figure(runs, given.metric, given.figure, given.title)
     return 0
 
 

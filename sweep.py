@@ -3,6 +3,8 @@
 Each flag of main.py takes several values, and each combination of them is a run. A run that is complete is not run
 again: the same command goes on where a sweep was stopped, killed or lost its machine.
 
+On a cluster, the checkout and the records must lie in a file system that all its machines share.
+
 Exit status: 0; 1 if a run failed, the others having gone on; 2 for a wrong argument; 130 for Ctrl-C.
 """
 
@@ -10,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from config import Config, ConfigError, flag, refused
 from recipes import with_recipe
 
 LISTS = ("quantize", "layers", "site")  # whose values have commas themselves: there, a semicolon is between two values
+CLUSTERS = ("ray",)
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -37,11 +41,15 @@ def grid(argv: Sequence[str]) -> tuple[list[Config], argparse.Namespace]:
     parser.prog, parser.description, parser.epilog = "sweep.py", __doc__, None
     parser.add_argument("file", nargs="?", help="a YAML file in the form of wandb's sweeps; flags win over it")
     parser.add_argument("--jobs", default="-1", help="runs at a time [default: one for each core]")
+    parser.add_argument("--cluster", help="ray: on a Ray cluster [default: processes of this machine]")
     given = vars(parser.parse_args(argv))
     for name in ("resume", "list_formats", "list_recipes"):
         if given.pop(name, None):
             raise ConfigError(f"{flag(name)}: allowed: with main.py")
-    own = argparse.Namespace(jobs=_jobs(given.pop("jobs")), debug=given.pop("debug", False))
+    own = argparse.Namespace(jobs=_jobs(given.pop("jobs")), cluster=given.pop("cluster", None))
+    own.debug = given.pop("debug", False)
+    if own.cluster not in (None, *CLUSTERS):
+        raise refused("cluster", own.cluster, ", ".join(CLUSTERS))
     file = given.pop("file", None)
     choices = _from_file(Path(file)) if file else {}
     choices |= {name: _values(name, text) for name, text in given.items()}
@@ -101,8 +109,13 @@ def _from_file(path: Path) -> dict[str, list[Any]]:
     return found
 
 
-def run_one(settings: dict[str, Any], command: str) -> tuple[str, str | None]:
-    """One run, in a process of the pool -> its name, and what went wrong."""
+def run_one(settings: dict[str, Any], command: str, place: str, imports: list[str]) -> tuple[str, str | None]:
+    """One run, in a process of the pool -> its name, and what went wrong.
+
+    place, imports: the sweep's own folder and sys.path, as a cluster's processes may have been started elsewhere.
+    """
+    sys.path += [path for path in imports if path not in sys.path]
+    os.chdir(place)
     import torch
 
     import train
@@ -129,25 +142,52 @@ def command_of(config: Config) -> str:
     return shlex.join(words)
 
 
-def run(configs: Iterable[Config], jobs: int) -> dict[str, str]:
+@contextmanager
+def backend(cluster: str | None) -> Iterator[None]:
+    """joblib's backend for the cluster: within, its runs go there. ConfigError where it is not installed."""
+    from joblib import parallel_config
+
+    if cluster is None:
+        yield
+        return
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError:
+        raise refused("cluster", "ray", "that after pip install -r requirements-cluster.txt") from None
+    register_ray()
+    # The cluster of RAY_ADDRESS, or one that runs here already, or a new one on this machine's cores.
+    ray.init(log_to_driver=False, logging_level="error", namespace="low_precision_ml")
+    try:
+        with parallel_config("ray"):
+            yield
+    finally:
+        ray.shutdown()
+
+
+def run(configs: Iterable[Config], jobs: int, cluster: str | None = None) -> dict[str, str]:
     """Runs what is not complete, `jobs` at a time -> what went wrong, by the run's name."""
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
     todo = [c for c in configs if track.status(Path(c.output_dir) / c.folder_name) not in track.REPLACING]
-    failures: dict[str, str] = {}
-    tasks = (delayed(run_one)(asdict(config), command_of(config)) for config in todo)
+    tasks = (delayed(run_one)(asdict(config), command_of(config), os.getcwd(), sys.path) for config in todo)
     bar = tqdm(total=len(todo), unit="run", desc="sweep", disable=None)
-    said = time.monotonic()
-    with bar:
-        for done, (name, wrong) in enumerate(Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks), 1):
-            if wrong:
-                failures[name] = wrong
-            bar.update()
-            if bar.disable and time.monotonic() - said > LINE_SECONDS:
-                console.say(f"{done} of {len(todo)} runs")
-                said = time.monotonic()
-    return failures
+
+    class Shown(Parallel):
+        """Each of joblib's backends calls this at the end of a run; not each gives results before the last one."""
+
+        said = time.monotonic()
+
+        def print_progress(self) -> None:
+            bar.update(self.n_completed_tasks - bar.n)
+            if bar.disable and time.monotonic() - self.said > LINE_SECONDS:
+                console.say(f"{self.n_completed_tasks} of {len(todo)} runs")
+                self.said = time.monotonic()
+
+    with backend(cluster), bar:
+        results = Shown(n_jobs=jobs)(tasks)
+    return {name: wrong for name, wrong in results if wrong}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,7 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     try:
-        failures = run(configs, own.jobs)
+        failures = run(configs, own.jobs, own.cluster)
+    except ConfigError as error:
+        console.say(f"sweep.py: error: {error}")
+        return 2
+    except Exception as error:  # of the pool itself, as a worker killed for its memory; a run's own are in `failures`
+        if own.debug:
+            raise
+        console.say(f"stopped: {' '.join(str(error).split()) or type(error).__name__}: the same command goes on")
+        return 1
     except KeyboardInterrupt:
         console.say("interrupted: the same command goes on")
         return 128 + signal.SIGINT

@@ -6,6 +6,8 @@ import statistics
 import numpy as np
 import pytest
 
+import figures
+import records
 import report
 from config import Config
 from recipes import with_recipe
@@ -20,22 +22,24 @@ def runs(cli, tmp_path):
     return tmp_path / "runs", found
 
 
+PLAIN = "--optimizer sgd --learning-rate 0.01 --weight-decay 0.0"
+
+
 def rows(table: str) -> dict[str, list[str]]:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     return {row[0]: row[1:] for row in cells}
 
 
-def test_a_table_has_the_median_and_the_range_of_each_setting(runs, capsys):
+def test_a_table_has_the_median_and_the_percentiles_of_each_setting(runs, capsys):
     folder, found = runs
     assert report.main([str(folder), "--metric", "testing_mse"]) == 0
     told = rows(capsys.readouterr().out)
     values = sorted(run.summary["testing_mse"] for run in found[:3])
-    assert told["float8 stochastic"][:2] == ["3", "3"]
-    expected = [f"{v:.4g}" for v in (statistics.median(values), values[0], values[-1])]
-    assert re.findall(r"[\d.]+", told["float8 stochastic"][2]) == expected
+    assert told[f"float8 stochastic {PLAIN}"][:2] == ["3", "3"]
+    expected = [f"{v:.4g}" for v in (statistics.median(values), *np.percentile(values, [5, 95]))]
+    assert re.findall(r"[\d.]+", told[f"float8 stochastic {PLAIN}"][2]) == expected
     assert len(told) == 4  # settings of one name are told apart by what they differ in
-    name = next(name for name in told if "0.001" in name)
-    assert "--weight-decay 0.001" in name
+    name = next(name for name in told if "--weight-decay 0.001" in name)
     assert told[name][2] == f"{found[4].summary['testing_mse']:.4g}"
     assert sum("1 diverged" in row[2] for row in told.values()) == 1
 
@@ -55,10 +59,10 @@ def test_a_figure_has_a_curve_and_a_name_for_each_setting(runs, tmp_path):
     folder, _ = runs
     assert report.main([str(folder), "--metric", "training_mse", "--figure", str(tmp_path / "new" / "x.svg")]) == 0
     drawn = (tmp_path / "new" / "x.svg").read_text()
-    assert all(colour.lower() in drawn.lower() for colour in report.COLOURS[1:4])
+    assert all(colour.lower() in drawn.lower() for colour in figures.COLOURS[1:4])
     assert report.main([str(folder), "--metric", "training_mse", "--figure", str(tmp_path / "x.png")]) == 0
     pixels = (image.imread(tmp_path / "x.png")[..., :3] * 255).round().astype(int)
-    for colour in report.COLOURS[:4]:
+    for colour in figures.COLOURS[:4]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - wanted).max(-1) == 0).sum() > 20
 
@@ -70,6 +74,9 @@ def test_a_figure_has_a_curve_and_a_name_for_each_setting(runs, tmp_path):
         (["runs", "--metric", "accuracy"], "testing_mse"),
         (["runs", "--metric", "testing_mse", "--figure", "x.gif"], ".png"),
         (["missing.csv"], "missing.csv"),
+        ([], "paths"),
+        (["runs", "--metric", "testing_mse", "--map", "x.png"], "eXmY"),
+        (["--readme", "missing.md"], "missing.md"),
     ],
 )
 def test_what_is_wrong_is_one_line(runs, tmp_path, capsys, arguments, said):
@@ -97,4 +104,94 @@ def test_what_is_wrong_is_one_line(runs, tmp_path, capsys, arguments, said):
 def test_a_setting_is_named_by_what_is_rounded(settings, name):
     recipe = settings.get("recipe")
     given = {key: value for key, value in settings.items() if key != "recipe"}
-    assert report.setting_of(Config.make(**with_recipe(recipe, given))) == name
+    assert records.setting_of(Config.make(**with_recipe(recipe, given))) == name
+
+
+def test_pairs_are_runs_of_one_seed(runs, tmp_path, capsys):
+    folder, found = runs
+    assert report.main([str(folder), "--metric", "testing_mse"]) == 0
+    told = rows(capsys.readouterr().out)
+    difference = found[0].summary["testing_mse"] - found[3].summary["testing_mse"]  # both of seed 1
+    assert (
+        told[f"float8 stochastic {PLAIN}"][3] == f"{difference:+.2g}"
+    )  # the other two seeds have no partner, so no interval
+    assert told[f"float32 {PLAIN}"][3] == "-"
+
+
+@pytest.fixture
+def made():
+    """100 seeds: a baseline, and a setting that is worse by 1 on average, 0.5 the deviation; one of it diverged."""
+    chance = np.random.default_rng(1)
+    found = []
+    for seed in range(100):
+        base = chance.normal(3.0, 1.0)
+        for setting, value in (("float32", base), ("e5m2 nearest", base + chance.normal(1.0, 0.5))):
+            history = [{"epoch": 1, "testing_mse": value + 1}, {"epoch": 5, "testing_mse": value}]
+            lost = setting != "float32" and seed == 7
+            status = "diverged" if lost else "complete"
+            found.append(records.Run(setting, seed, status, 0.5, history[:1] if lost else history))
+    return found
+
+
+def test_the_interval_is_that_of_the_mean_difference(made):
+    groups = records.by_setting(made)
+    differences = report.pairs(groups["e5m2 nearest"], groups["float32"], "testing_mse")
+    assert len(differences) == 99
+    low, high = report.interval(differences)
+    spread = 1.96 * statistics.stdev(differences) / 99**0.5  # the normal approximation, near enough at n = 99
+    assert (low, high) == pytest.approx(
+        (statistics.fmean(differences) - spread, statistics.fmean(differences) + spread), abs=0.15 * spread
+    )
+    assert report.interval(differences) == (low, high)
+    assert report.interval([0.5]) is report.interval([0.5, 0.5]) is None
+
+
+def test_epochs_of_the_table_and_of_what_is_saved(made, tmp_path):
+    head, _, line = report.table(made, "testing_mse", (1, 5))
+    assert head[3:7:2] == ["testing mse, epoch 1", "testing mse, epoch 5"]
+    assert line[1:3] == ["100", "1-5"]
+    assert "diverged" not in line[3]
+    assert line[5].endswith("; 1 diverged")
+    records.save(made, tmp_path / "some.csv", [5])
+    kept = records.read([tmp_path / "some.csv"])
+    assert len(kept) == 200
+    assert report.table(kept, "testing_mse", (5,))[2][3:] == report.table(made, "testing_mse", (5,))[2][3:]
+
+
+def test_blocks_of_a_readme_are_made_anew_and_nothing_else(made, tmp_path):
+    records.save(made, tmp_path / "some.csv")
+    (tmp_path / "claims.csv").write_text('claim,holds\n"sums, to nearest",yes\n')
+    readme = tmp_path / "README.md"
+    blocks = [
+        "<!-- report.py some.csv --metric testing_mse --at 5 -->\nstale\n<!-- end -->",
+        "<!-- report.py claims.csv -->\n<!-- end -->",
+    ]
+    readme.write_text(f"before\n{blocks[0]}\nbetween <!-- no block -->\n{blocks[1]}\nafter\n")
+    assert report.main(["--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "stale" not in text
+    assert report.markdown(report.table(records.read([tmp_path / "some.csv"]), "testing_mse", (5,))) in text
+    assert "| claim | holds |\n|---|---|\n| sums, to nearest | yes |\n<!-- end -->\nafter\n" in text
+    assert report.main(["--readme", str(readme)]) == 0
+    assert readme.read_text() == text
+
+
+def test_a_folder_of_all_of_it(made, tmp_path, capsys):
+    records.save(made, tmp_path / "some.csv")
+    target = tmp_path / "new" / "all"
+    assert report.main([str(tmp_path / "some.csv"), "--metric", "testing_mse", "--output", str(target)]) == 0
+    names = {"table.md", "table.csv", "runs.csv", "curves.png", "curves.svg", "map.png", "map.svg"}
+    assert {path.name for path in target.iterdir()} == names
+    assert (target / "table.md").read_text() == capsys.readouterr().out
+    again = tmp_path / "again"
+    assert report.main([str(target / "runs.csv"), "--metric", "testing_mse", "--output", str(again)]) == 0
+    for name in names:
+        assert (again / name).read_bytes() == (target / name).read_bytes()
+
+
+def test_a_map_shows_the_median_of_each_format(made, tmp_path):
+    figures.bit_widths(made, "testing_mse", tmp_path / "map.svg", "")
+    drawn = (tmp_path / "map.svg").read_text()
+    values = [run.history[-1]["testing_mse"] for run in made if run.setting != "float32" and run.status == "complete"]
+    assert f"<!-- {statistics.median(values):.2g} -->" in drawn
+    assert "<!-- nearest -->" in drawn

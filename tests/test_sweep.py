@@ -73,6 +73,7 @@ parameters:
         (["--seed", "5:5"], "--seed"),
         (["--jobs", "0"], "--jobs"),
         (["--resume", "x"], "--resume"),
+        (["--cluster", "slurm"], "ray"),
         (["missing.yaml"], "missing.yaml"),
         (["--epoch", "3"], "--epoch"),
     ],
@@ -149,3 +150,33 @@ def test_killed_and_started_again(tmp_path):
     killed = {f.name: bits(f) for f in (tmp_path / "killed").iterdir() if ".partial-" not in f.name}
     assert killed == {f.name: bits(f) for f in (tmp_path / "left").iterdir()}
     assert len(killed) == 24
+
+
+def test_on_a_ray_cluster_of_this_machine(tmp_path):
+    """Needs requirements-cluster.txt. The records are those of processes, and nothing is run twice."""
+    pytest.importorskip("ray")
+    command = [sys.executable, str(ROOT / "sweep.py"), *map(str, FLAGS), "--seed", "0:2", "--jobs", "2"]
+    made = {}
+    for name, more in (("ray", ["--cluster", "ray"]), ("here", [])):
+        (tmp_path / name).mkdir()
+        ran = subprocess.run([*command, *more], cwd=tmp_path / name, check=True, capture_output=True, text=True)
+        assert "6 runs: 6 complete, 0 diverged, 0 failed" in ran.stdout
+        folders = sorted((tmp_path / name / "runs").iterdir())
+        made[name] = {f.name: (bits(f), (f / "config.json").read_bytes()) for f in folders}
+    assert made["ray"] == made["here"]
+    times = [f.stat().st_mtime_ns for f in sorted((tmp_path / "ray" / "runs").iterdir())]
+    subprocess.run([*command, "--cluster", "ray"], cwd=tmp_path / "ray", check=True, capture_output=True)
+    assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "ray" / "runs").iterdir())] == times
+
+
+def test_a_process_that_is_killed_ends_the_sweep_in_one_line(tmp_path):
+    command = [sys.executable, ROOT / "sweep.py", "--seed", "0:2", "--epochs", 10**6, "--jobs", 2]
+    running = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("runs/.*partial-*"))) + len(list(tmp_path.glob("runs/*partial-*"))) < 2:
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.05)
+    subprocess.run(["pkill", "-KILL", "-P", str(running.pid), "-f", "loky.backend.popen_loky"], check=True)
+    _, told = running.communicate()
+    assert running.returncode == 1
+    assert [line for line in told.splitlines() if "goes on" in line]
+    assert "Traceback" not in told
