@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,12 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
+@cache
+def _rows(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Kept, as a sweep loads the same set once for each run; nobody writes to it."""
+    return DATASETS[name].rows()
+
+
 def load(
     name: str, test_split: float = 0.2, seed: int = 42, scale_on: str = "train", data_dir: str | None = None
 ) -> Data:
@@ -126,7 +133,7 @@ def load(
     from sklearn.preprocessing import StandardScaler
 
     spec = DATASETS[name]
-    x, y = spec.rows()
+    x, y = _rows(name)
     if spec.task == "regression":
         y = y[:, None]
     train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=test_split, random_state=seed)

@@ -44,7 +44,7 @@ def pyplot() -> Any:
 
 def look(number: int) -> dict[str, str]:
     """The colour and the line of the curve of this number."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
 
 
 def store(chart: Any, path: Path) -> None:

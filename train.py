@@ -368,14 +368,8 @@ def _check_finite(losses: list[Tensor], next_step: int) -> None:
 def _environment(config: Config, processes: Processes) -> dict[str, Any]:
     """What a result depends on, beside its config."""
     device = processes.device
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "qtorch", "scikit-learn", "numpy", "wandb"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
-        "versions": versions,
+        "versions": _versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -383,6 +377,17 @@ def _environment(config: Config, processes: Processes) -> dict[str, Any]:
         "engine": engines.in_use(config.backend, device),
         "commit": _commit(),
     }
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "qtorch", "scikit-learn", "numpy", "wandb"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 @cache

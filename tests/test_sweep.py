@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_resume import bits
 
+import main
 import sweep
 from config import Config, ConfigError
 from formats import ALL_SITES
@@ -64,6 +66,16 @@ parameters:
     assert len(found) == 8
     assert {c.dataset for c in found} == {"boston"}
     assert {c.seed for c in configs(file, "--seed", 7)} == {7}
+
+
+def test_the_file_that_comes_along_is_what_both_take():
+    """Its names are flags as wandb's agent gives them to the program: --NAME=VALUE."""
+    file = ROOT / "configs" / "boston.yaml"
+    assert len(configs(file)) == 50
+    parameters = yaml.safe_load(file.read_text())["parameters"]
+    words = [f"--{name}={choice.get('value', choice.get('values', [None])[0])}" for name, choice in parameters.items()]
+    config, _ = main.configure(words)
+    assert (config.dataset, config.batch_size, config.precision) == ("boston", 512, "float32")
 
 
 @pytest.mark.parametrize(

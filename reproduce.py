@@ -1,0 +1,124 @@
+"""Every figure and table of README from its commands: `python reproduce.py boston`, or `python reproduce.py all`.
+
+Without a section it lists them, with the time that each took on two cores and the commands that it runs. Records go to
+runs/, and what is complete there is not run again; results/, images/ and README's tables are then made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PYTHON = "python "  # how each command begins: README's and this list's; run by the Python that runs this
+REPORT = "python report.py --readme README.md"
+
+
+@dataclass(frozen=True)
+class Section:
+    about: str
+    minutes: float  # on two cores of an AMD EPYC, nothing else running
+    commands: tuple[str, ...]
+
+
+def regression(dataset: str, batch: int, title: str) -> Section:
+    """Everything rounded, 100 seeds, 500 epochs (whose first 30 are those of a run of 30)."""
+    folder = f"runs/{dataset}"
+    common = f"python sweep.py --dataset {dataset} --epochs 500 --batch-size {batch} --seed 0:100 --output-dir {folder}"
+    return Section(
+        f"{dataset}: everything rounded, 100 seeds, 30 and 500 epochs",
+        MINUTES[dataset],
+        (
+            f"{common} --precision float32,float16,float8 --rounding nearest,stochastic",
+            f"{common} --precision float8 --rounding nearest,stochastic --site accumulator=float16",
+            f"python report.py {folder} --metric testing_mse --at 30,500 --save results/{dataset}.csv"
+            f" --figure images/{dataset}_results.png --title {shlex.quote(title)}",
+        ),
+    )
+
+
+def experiment(name: str, about: str) -> Section:
+    command = f"python experiments/{name}.py --save results/{name}.csv --figure images/{name}.png"
+    return Section(about, MINUTES[name], (command,))
+
+
+MINUTES = {
+    "toy": 0,
+    "boston": 0,
+    "diabetes": 0,
+    "bit-widths": 0,
+    "sums": 0,
+    "stagnation": 0,
+    "biased": 0,
+    "averaging": 0,
+    "fixed_point": 0,
+    "bfloat16_weights": 0,
+}
+CIFAR = (
+    "python main.py --dataset cifar10 --epochs 15 --schedule onecycle --batch-size 64 --learning-rate 0.1"
+    " --momentum 0.9 --weight-decay 2e-4 --output-dir runs/cifar10"
+)
+SECTIONS = {
+    "toy": regression("toy", 32, "toy, linear regression: every number rounded"),
+    "boston": regression("boston", 512, "boston, linear regression: every number rounded"),
+    "diabetes": regression("diabetes", 512, "diabetes, linear regression: every number rounded"),
+    "bit-widths": Section(
+        "a map of formats: 2 to 8 exponent bits, 0 to 10 mantissa bits, 20 seeds",
+        MINUTES["bit-widths"],
+        (
+            "python sweep.py --dataset boston --epochs 30 --batch-size 512 --seed 0:20 --rounding nearest,stochastic"
+            f" --precision float32,{','.join(f'e{e}m{m}' for e in range(2, 9) for m in range(11))}"
+            " --output-dir runs/bit-widths",
+            "python report.py runs/bit-widths --metric testing_mse --map images/bit_widths.png"
+            " --title 'boston after 30 epochs: testing MSE by format'",
+        ),
+    ),
+    "sums": experiment("sums", "error growth of sums (Connolly et al. 2021)"),
+    "stagnation": experiment("stagnation", "harmonic series and heat equation (Croci et al. 2022)"),
+    "biased": experiment("biased", "biased stochastic rounding (Xia et al. 2021, 2022)"),
+    "averaging": experiment("averaging", "averaged weights (Yang et al. 2019)"),
+    "fixed_point": experiment("fixed_point", "16-bit fixed point (Gupta et al. 2015)"),
+    "bfloat16_weights": experiment("bfloat16_weights", "bfloat16 weights (Zamirai et al. 2020)"),
+}
+
+
+def listing() -> str:
+    lines = ["Sections (minutes on two cores), or: all"]
+    for name, section in SECTIONS.items():
+        lines.append(f"\n{name} ({section.minutes:g} min): {section.about}")
+        lines += [f"  {command}" for command in section.commands]
+    return "\n".join([*lines, f"\nafter each:\n  {REPORT}"])
+
+
+def run(command: str) -> int:
+    print(f"+ {command}", flush=True)
+    return subprocess.run([sys.executable, *shlex.split(command.removeprefix(PYTHON))], cwd=ROOT).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}, or all")
+    given = parser.parse_args(argv).sections
+    if unknown := [name for name in given if name not in (*SECTIONS, "all")]:
+        print(f"reproduce.py: error: given {unknown[0]}, allowed: {', '.join(SECTIONS)}, all", file=sys.stderr)
+        return 2
+    if not given:
+        print(listing())
+    for name in SECTIONS if "all" in given else given:
+        started = time.monotonic()
+        for command in (*SECTIONS[name].commands, REPORT):
+            if status := run(command):
+                print(f"reproduce.py: {name} ended with {status}: the same command goes on", file=sys.stderr)
+                return status
+        print(f"{name}: {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
