@@ -84,12 +84,12 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str, epochs: Seq
         mark = {"marker": "o", "markersize": 3} if len(places) <= 40 else {}
         count = f" (n = {len(group)})" if len(group) > 1 else ""
         label = f"{setting}: {_last(middle, metric)}{count}"
-        axes.plot(places, middle, label=label, linewidth=1.8, **mark, **look(number))
+        axes.plot(places, middle, label=label, linewidth=3.2 if number == 0 else 1.8, **mark, **look(number))
         if len(group) > 1 and places:
             low, high = zip(*(band(found[e]) for e in places), strict=True)
             axes.fill_between(places, low, high, color=look(number)["color"], alpha=0.18, linewidth=0)
         if several:
-            _ends(ends, group, metric, number, epochs or (longest,))
+            _ends(ends, group, metric, number, len(groups), epochs or (longest,))
     if middles and min(middles) > 0 and max(middles) > MANY_TIMES * min(middles) and not is_percent(metric):
         axes.set_yscale("log")
     if longest >= MANY_EPOCHS:
@@ -99,20 +99,22 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str, epochs: Seq
         axes.set_title("median by epoch; band: 5 % to 95 % of the runs", fontsize="medium")
         ends.set_title("median and 5 % to 95 % of the runs", fontsize="medium")
         ends.set_xticks(range(len(epochs or (longest,))), [f"after epoch {e}" for e in epochs or (longest,)])
-        ends.margins(x=0.3)
+        ends.set_xlim(-0.5, len(epochs or (longest,)) - 0.5)
+        ends.grid(False, axis="x")
     chart.suptitle(title)
     chart.legend(*axes.get_legend_handles_labels(), loc="outside lower center", title="what is rounded: last median")
     store(chart, path)
 
 
-def _ends(axes: Any, group: Sequence[Run], metric: str, number: int, epochs: Sequence[int]) -> None:
+def _ends(axes: Any, group: Sequence[Run], metric: str, number: int, count: int, epochs: Sequence[int]) -> None:
+    """The marks of setting `number` of `count`, side by side around each epoch's place."""
     factor = 100 if is_percent(metric) else 1
     for place, epoch in enumerate(epochs):
         values = [factor * v for run in group if (v := run.value(metric, epoch)) is not None]
         if values:
             middle, (low, high) = statistics.median(values), band(values)
             axes.errorbar(
-                place - 0.25 + 0.07 * number,
+                place + 0.7 * (number - (count - 1) / 2) / count,
                 middle,
                 [[middle - low], [high - middle]],
                 color=look(number)["color"],
@@ -166,7 +168,7 @@ def bit_widths(runs: Sequence[Run], metric: str, path: Path, title: str, epochs:
         squeeze=False,
         sharey=True,
         layout="constrained",
-        figsize=(1.5 + 0.62 * len(mantissas) * len(maps), 1.8 + 0.5 * len(exponents)),
+        figsize=(1.8 + 0.42 * len(mantissas) * len(maps), 1.6 + 0.4 * len(exponents)),
     )
     colours = plt.get_cmap("cividis" if is_percent(metric) else "cividis_r")
     for axes, (rounding, places) in zip(panels[0], values.items(), strict=True):

@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import figures
 import records
@@ -24,7 +25,7 @@ from config import ConfigError
 from records import Run
 
 RESAMPLES = 9999  # of the bootstrap
-BLOCK = re.compile(r"(<!-- report\.py (.*?) -->\n).*?(?=<!-- end -->)", re.DOTALL)  # of a README
+BLOCK = re.compile(r"^(<!-- report\.py ([^\n]*?) -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)  # of a README
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -131,14 +132,24 @@ def _runs(paths: Sequence[Path], metric: str) -> list[Run]:
 
 
 def _epochs(text: str) -> list[int]:
-    found = [int(word) for word in text.split(",")]
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = [0]
     if min(found) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"given {text}, allowed: whole numbers >= 1, comma-separated")
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, allow_abbrev=False)
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="report.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("paths", nargs="*", type=Path, help="record folders, folders of them, or CSV files of --save")
     parser.add_argument("--metric", default="testing_accuracy", help="of metrics.jsonl [default: testing_accuracy]")
     parser.add_argument("--at", type=_epochs, help="comma-separated epochs of the table and of --save [default: last]")
@@ -152,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(argv)
     try:
+        given = _parser().parse_args(argv)
         if given.readme:
             text = given.readme.read_text()
             given.readme.write_text(rewritten(text, given.readme.parent))

@@ -169,7 +169,7 @@ def draw(path, places, curves, gaps, balls, ends) -> None:
     right.loglog(
         *zip(*ends, strict=True), ":^", color=figures.COLOURS[3], label="where the average ends for ever more steps"
     )
-    right.set(title="strongly convex: logistic regression", xlabel="gap δ of the weights' format")
+    right.set(title="strongly convex: logistic regression", ylim=(3e-7, 30), xlabel="gap δ of the weights' format")
     right.legend(fontsize="small")
     chart.suptitle("Averaging the weights of low-precision SGD")
     figures.store(chart, path)

@@ -75,6 +75,8 @@ def test_a_figure_has_a_curve_and_a_name_for_each_setting(runs, tmp_path):
         (["runs", "--metric", "testing_mse", "--figure", "x.gif"], ".png"),
         (["missing.csv"], "missing.csv"),
         ([], "paths"),
+        (["runs", "--metrics", "testing_mse"], "--metrics"),
+        (["runs", "--metric", "testing_mse", "--at", "x"], "--at"),
         (["runs", "--metric", "testing_mse", "--map", "x.png"], "eXmY"),
         (["--readme", "missing.md"], "missing.md"),
     ],

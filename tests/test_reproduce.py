@@ -44,7 +44,8 @@ def test_without_a_section_it_lists_them_and_a_wrong_one_is_one_line(capsys):
     assert reproduce.main([]) == 0
     told = capsys.readouterr().out
     assert all(command in told for command in COMMANDS)
-    assert reproduce.main(["bostn"]) == 2
-    told = capsys.readouterr()
-    assert "bostn" in told.err
-    assert len(told.err.splitlines()) == 1
+    for wrong in ("bostn", "--bostn"):
+        assert reproduce.main([wrong]) == 2
+        told = capsys.readouterr()
+        assert wrong in told.err
+        assert len(told.err.splitlines()) == 1
