@@ -129,8 +129,7 @@ def main() -> None:
             f"weights "
             f"{excess[0][0]:.1e} to {excess[0][-1]:.1e}, like δ^{rates[0]:.2f}; average of {steps * 9 // 10:,} steps "
             f"{excess[1][0]:.1e} to {excess[1][-1]:.1e}, like δ^{rates[1]:.2f}; where it ends for ever more steps "
-            f"(squared "
-            f"distance of the averages' mean over {SEEDS} seeds) {ends[0]:.1e} to "
+            f"(squared distance of the averages' mean over {SEEDS} seeds) {ends[0]:.1e} to "
             f"{ends[clear[-1]] if clear else 0:.1e}, "
             f"like δ^{rates[2]:.2f}, for the {len(clear)} gaps where it is told from noise",
             rates[2] > rates[0] + 0.5 and all(a < b for a, b in zip(excess[1], excess[0], strict=True)),

@@ -51,8 +51,7 @@ def main() -> None:
             "stochastic rounding and Kahan summation remedy it: 0.1 % lower to 0.2 % higher accuracy than 32-bit "
             "training",
             f"training loss: stochastic {loss['stochastic']}, Kahan {loss['Kahan']}; points of testing accuracy "
-            f"against "
-            f"float32: {told('stochastic')}, {told('Kahan')}",
+            f"against float32: {told('stochastic')}, {told('Kahan')}",
             all(abs(mean[short]) <= 0.3 for short in ("stochastic", "Kahan")),
         )
         if claims.given.figure:

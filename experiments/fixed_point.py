@@ -40,8 +40,7 @@ def main() -> None:
         claims.add(
             "(our own question) do more bits behind the point help?",
             f"with 12, numbers end at ±8, and what this network computes saturates: stochastic "
-            f"{told[f'{worst} stochastic']}, "
-            f"nearest {told[f'{worst} nearest']}",
+            f"{told[f'{worst} stochastic']}, nearest {told[f'{worst} nearest']}",
             value[f"{worst} stochastic"] > value["float32"] - 1,
         )
         if claims.given.figure:

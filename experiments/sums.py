@@ -79,8 +79,7 @@ def main() -> None:
         claims.add(
             "nearest: the worst case grows like n u; stochastic like √n u",
             f"equal numbers in {fine}, n = 100 to 10^{len(places) + 1}: error grows like n^{growth['nearest']:.2f} to "
-            f"nearest, "
-            f"n^{growth['stochastic']:.2f} stochastically; at the end "
+            f"nearest, n^{growth['stochastic']:.2f} stochastically; at the end "
             f"{mean[fine, 'nearest', 'equal'][-1] / u[fine]:,.0f} u against "
             f"{mean[fine, 'stochastic', 'equal'][-1] / u[fine]:,.0f} u (root mean square of {sets})",
             growth["nearest"] > 0.9 and growth["stochastic"] < 0.6,
