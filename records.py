@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import track
 from config import Config, flag
 from formats import ADDED_SITES, ALL_SITES, FLOAT32, Rule, format_named, rounding_named
 
@@ -60,16 +61,21 @@ def setting_of(config: Config) -> str:
 def read(paths: Iterable[Path]) -> list[Run]:
     """The runs of record folders, of folders of them, and of CSV files that `save` wrote; of one setting side by side.
 
+    Runs that are still going on, were interrupted or failed are left out; diverged ones are results.
     OSError, ValueError, KeyError or ConfigError for what is none of these.
     """
     runs: list[Run] = []
     folders: list[Path] = []
     for path in paths:
         if path.suffix == ".csv":
-            runs += _from_csv(path)
+            found = list(_from_csv(path))
+            if both := {run.setting for run in runs} & {run.setting for run in found}:
+                raise ValueError(f"{path}: {min(both)!r} is in another file too, and what they differ in is not known")
+            runs += found
         else:
             folders += [path] if (path / "config.json").exists() else [p.parent for p in path.glob("*/config.json")]
-    configs = {f: Config.from_json((f / "config.json").read_text()) for f in folders if (f / "summary.json").exists()}
+    ended = [folder for folder in folders if track.status(folder) in track.REPLACING]
+    configs = {folder: Config.from_json((folder / "config.json").read_text()) for folder in ended}
     ordered = sorted(configs, key=lambda f: (configs[f].group, configs[f].seed, configs[f].noise_seed))
     names = _names([configs[folder] for folder in ordered])
     runs += [_from_record(folder, name) for folder, name in zip(ordered, names, strict=True)]

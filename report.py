@@ -76,8 +76,11 @@ def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None
             text = shown(statistics.median(there)) if there else "-"
             if len(set(there)) > 1:
                 text += f" ({' - '.join(map(shown, figures.band(there)))})"
-            if len(there) < len(group):
-                text += f"; {len(group) - len(there)} diverged"
+            diverged = sum(run.status == "diverged" and run.value(metric, epoch) is None for run in group)
+            if diverged:
+                text += f"; {diverged} diverged"
+            if other := len(group) - len(there) - diverged:
+                text += f"; {other} without a value there"
             cells.append(text)
             if compared:
                 found = [] if group is baselines[setting] else pairs(group, baselines[setting], metric, epoch)

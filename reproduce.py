@@ -23,7 +23,7 @@ REPORT = "python report.py --readme README.md"
 # As they took on two cores of an AMD EPYC, where other work ran beside most of them.
 MINUTES = {
     "single": 1,
-    "published": 2,
+    "published": 4,
     "toy": 3,
     "boston": 10,
     "diabetes": 4,
@@ -34,6 +34,7 @@ MINUTES = {
     "averaging": 3,
     "fixed_point": 7,
     "bfloat16_weights": 7,
+    "cifar10": 180,
 }
 
 
@@ -69,6 +70,10 @@ def table(name: str, about: str) -> Section:
     return Section(about, MINUTES[name], (f"python experiments/tables.py {name} --save results/{name}.csv",))
 
 
+CIFAR10 = (
+    "python sweep.py --dataset cifar10 --epochs 15 --schedule onecycle --batch-size 64 --learning-rate 0.1"
+    " --momentum 0.9 --weight-decay 2e-4 --output-dir runs/cifar10"
+)
 SECTIONS = {
     "single": table("single", "the fifteen experiments, seed 42"),
     "published": table("published", "the same beside the published results"),
@@ -82,7 +87,8 @@ SECTIONS = {
             "python sweep.py --dataset boston --epochs 30 --batch-size 512 --seed 0:20 --rounding nearest,stochastic"
             f" --precision float32,{','.join(f'e{e}m{m}' for e in range(2, 9) for m in range(11))}"
             " --output-dir runs/bit-widths",
-            "python report.py runs/bit-widths --metric testing_mse --map images/bit_widths.png"
+            "python report.py runs/bit-widths --metric testing_mse --at 30 --save results/bit_widths.csv"
+            " --map images/bit_widths.png"
             " --title 'boston after 30 epochs: testing MSE by format'",
         ),
     ),
@@ -92,6 +98,19 @@ SECTIONS = {
     "averaging": experiment("averaging", "averaged weights (Yang et al. 2019)"),
     "fixed_point": experiment("fixed_point", "16-bit fixed point (Gupta et al. 2015)"),
     "bfloat16_weights": experiment("bfloat16_weights", "bfloat16 weights (Zamirai et al. 2020)"),
+    "cifar10": Section(
+        "ResNet-20 on CIFAR-10, 15 epochs, one seed of each setting, a thread for each run",
+        MINUTES["cifar10"],
+        (
+            f"{CIFAR10} --precision float32",
+            f"{CIFAR10} --recipe qtorch-tutorial --rounding nearest,stochastic",
+            f"{CIFAR10} --precision float8 --rounding stochastic --loss-scale 1000"
+            " --site ';accumulator=float16,momentum=float16,activations=float16'",
+            "python report.py runs/cifar10 --metric testing_accuracy --save results/cifar10.csv"
+            " --figure images/cifar10_results.png"
+            " --title 'CIFAR-10, ResNet-20, 15 epochs one-cycle: testing accuracy'",
+        ),
+    ),
 }
 
 
