@@ -15,7 +15,7 @@ import track
 from config import Config, flag
 from formats import ADDED_SITES, ALL_SITES, FLOAT32, Rule, format_named, rounding_named
 
-COLUMNS = ("setting", "seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
+COLUMNS = ("setting", "seed", "rounding_seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
 TRAINING_FLAGS = {flag(f.name) for f in fields(Config) if f.metadata["group"] != "rounding"}
 
 
@@ -28,6 +28,7 @@ class Run:
     status: str
     seconds: float
     history: list[dict[str, float | None]]
+    rounding_seed: int | None = None
 
     def value(self, metric: str, epoch: int | None = None) -> float | None:
         """After that epoch, or the last one -> None where there is none, as of a diverged run."""
@@ -121,16 +122,26 @@ def _from_record(folder: Path, setting: str) -> Run:
     config = json.loads((folder / "config.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return Run(setting, config["seed"], summary["status"], summary["seconds"], list(map(json.loads, lines)))
+    history = list(map(json.loads, lines))
+    return Run(setting, config["seed"], summary["status"], summary["seconds"], history, config["rounding_seed"])
 
 
 def _from_csv(path: Path) -> Iterator[Run]:
+    """ValueError for what `save` did not write."""
+    own = COLUMNS[:-1]
     with open(path, newline="") as file:
-        for (setting, seed, status, seconds), rows in itertools.groupby(
-            csv.DictReader(file), key=lambda row: tuple(row[name] for name in COLUMNS[:4])
-        ):
-            history = [{k: float(v) for k, v in row.items() if v and k not in COLUMNS[:4]} for row in rows]
-            yield Run(setting, int(seed), status, float(seconds), [line for line in history if "epoch" in line])
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ())[: len(COLUMNS)] != COLUMNS:
+            raise ValueError(f"{path}: no file of --save, whose columns begin with {', '.join(COLUMNS)}")
+        for key, rows in itertools.groupby(table, key=lambda row: tuple(row[name] for name in own)):
+            try:
+                setting, seed, rounding_seed, status, seconds = key
+                history = [{name: float(v) for name, v in row.items() if v and name not in own} for row in rows]
+                noise = int(rounding_seed) if rounding_seed else None
+                kept = [line for line in history if "epoch" in line]
+                yield Run(setting, int(seed), status, float(seconds), kept, noise)
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}: line {table.line_num} is no line of --save") from None
 
 
 def save(runs: Sequence[Run], path: Path, epochs: Collection[int] = ()) -> None:
@@ -145,7 +156,8 @@ def save(runs: Sequence[Run], path: Path, epochs: Collection[int] = ()) -> None:
             for line in kept or [{}]:  # a run that diverged before them is still a run
                 values = [None if line.get(name) is None else f"{line[name]:.6g}" for name in metrics]
                 epoch = int(line["epoch"]) if line else None
-                rows.writerow([run.setting, run.seed, run.status, f"{run.seconds:.4g}", epoch, *values])
+                told = (run.setting, run.seed, run.rounding_seed, run.status, f"{run.seconds:.4g}", epoch)
+                rows.writerow([*told, *values])
 
 
 def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:

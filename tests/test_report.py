@@ -1,6 +1,8 @@
 """Tables and figures say what the records say."""
 
+import json
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -197,3 +199,42 @@ def test_a_map_shows_the_median_of_each_format(made, tmp_path):
     values = [run.history[-1]["testing_mse"] for run in made if run.setting != "float32" and run.status == "complete"]
     assert f"<!-- {statistics.median(values):.2g} -->" in drawn
     assert "<!-- nearest -->" in drawn
+
+
+def test_runs_that_differ_in_their_rounding_seed_alone_stay_apart(tmp_path):
+    """Even where they took the same time."""
+    found = [
+        records.Run("float8 stochastic", 1, "complete", 0.5, [{"epoch": 1, "testing_mse": v}], rounding_seed=n)
+        for n, v in enumerate((1.0, 2.0, 4.0))
+    ]
+    records.save(found, tmp_path / "some.csv")
+    assert records.read([tmp_path / "some.csv"]) == found
+
+
+def test_runs_that_did_not_end_are_left_out(cli, tmp_path):
+    ran = cli("--dataset", "boston", "--epochs", 3)
+    summary = json.loads((ran.folder / "summary.json").read_text())
+    stopped = ran.folder.with_name(ran.folder.name + ".partial-1")
+    shutil.copytree(ran.folder, stopped)
+    (stopped / "summary.json").write_text(json.dumps(summary | {"status": "interrupted"}))
+    assert len(records.read([tmp_path / "runs"])) == 1
+
+
+@pytest.mark.parametrize("text", ["claim,holds\na,yes\n", "", "CUT"])
+def test_another_file_than_that_of_save_is_one_line(made, tmp_path, capsys, text):
+    file = tmp_path / "some.csv"
+    records.save(made, file)
+    file.write_text(file.read_text()[:-40].rpartition(",")[0][:-12] if text == "CUT" else text)
+    assert report.main([str(file), "--metric", "testing_mse", "--save", str(tmp_path / "new.csv")]) in (0, 2)
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    if text != "CUT":
+        assert not (tmp_path / "new.csv").exists()
+        assert len(told.err.splitlines()) == 1
+
+
+def test_one_setting_in_two_files_is_one_line(made, tmp_path, capsys):
+    for name in ("a.csv", "b.csv"):
+        records.save(made, tmp_path / name)
+    assert report.main([str(tmp_path / "a.csv"), str(tmp_path / "b.csv"), "--metric", "testing_mse"]) == 2
+    assert "b.csv" in capsys.readouterr().err
