@@ -136,8 +136,11 @@ def _widths(runs: Sequence[Run]) -> dict[str, dict[tuple[int, int], list[Run]]]:
     return found
 
 
-def has_bit_widths(runs: Sequence[Run]) -> bool:
-    return bool(_widths(runs))
+def has_bit_widths(runs: Sequence[Run], metric: str, epochs: Sequence[int] = ()) -> bool:
+    """Whether there is anything for `bit_widths` to show."""
+    epoch = epochs[-1] if epochs else None
+    groups = [group for places in _widths(runs).values() for group in places.values()]
+    return any(run.value(metric, epoch) is not None for group in groups for run in group)
 
 
 def bit_widths(runs: Sequence[Run], metric: str, path: Path, title: str, epochs: Sequence[int] = ()) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import re
 import shlex
 import statistics
@@ -101,9 +100,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]])
 
 
-def _plain(path: Path) -> list[list[str]] | None:
-    """The cells of a CSV file that holds no runs, as those of experiments/; None of one that does."""
-    with open(path, newline="") as file:
+def _plain(paths: Sequence[Path]) -> list[list[str]] | None:
+    """The cells of one CSV file that holds no runs, as those of experiments/; None of anything else."""
+    if len(paths) != 1 or paths[0].suffix != ".csv":
+        return None
+    with open(paths[0], newline="") as file:
         lines = [line for line in csv.reader(file) if line]
     return None if not lines or lines[0][: len(records.COLUMNS)] == list(records.COLUMNS) else lines
 
@@ -120,8 +121,8 @@ def rewritten(text: str, folder: Path) -> str:
 
 def _told(paths: list[Path], given: argparse.Namespace) -> str:
     """The table in Markdown."""
-    if len(paths) == 1 and paths[0].suffix == ".csv" and (lines := _plain(paths[0])):
-        return markdown(lines)
+    if plain := _plain(paths):
+        return markdown(plain)
     return markdown(table(_runs(paths, given.metric), given.metric, given.at or (None,)))
 
 
@@ -165,44 +166,47 @@ def _parser() -> Parser:
     return parser
 
 
+def _report(given: argparse.Namespace) -> None:
+    """Everything that the arguments ask for, but README's blocks: the records are read once."""
+    for name in ("figure", "map"):
+        path = getattr(given, name)
+        if path and path.suffix not in (".png", ".svg"):
+            raise ValueError(f"--{name}: given {path}, allowed: a name in .png or .svg")
+    if not any((given.save, given.figure, given.map, given.output)):
+        print(_told(given.paths, given), end="")
+        return
+    runs, epochs = _runs(given.paths, given.metric), given.at or ()
+    mapped = figures.has_bit_widths(runs, given.metric, epochs)
+    if given.map and not mapped:
+        raise ValueError("--map: given no run in a format eXmY with a value there, allowed: at least one")
+    lines = table(runs, given.metric, epochs or (None,))
+    drawn: list[tuple[Callable, Path]] = []
+    if given.figure:
+        drawn.append((figures.curves, given.figure))
+    if given.map:
+        drawn.append((figures.bit_widths, given.map))
+    if given.output:
+        kinds = [(figures.curves, "curves")] + [(figures.bit_widths, "map")] * mapped
+        drawn += [(draw, given.output / f"{name}.{end}") for draw, name in kinds for end in ("png", "svg")]
+        given.output.mkdir(parents=True, exist_ok=True)
+        (given.output / "table.md").write_text(markdown(lines))
+        with open(given.output / "table.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        records.save(runs, given.output / "runs.csv", epochs)
+    print(markdown(lines), end="")
+    if given.save:
+        records.save(runs, given.save, epochs)
+    for draw, path in drawn:
+        draw(runs, given.metric, path, given.title, epochs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = _parser().parse_args(argv)
-        if given.readme:
-            text = given.readme.read_text()
-            given.readme.write_text(rewritten(text, given.readme.parent))
-            if not given.paths:
-                return 0
-        for name in ("figure", "map"):
-            path = getattr(given, name)
-            if path and path.suffix not in (".png", ".svg"):
-                raise ValueError(f"--{name}: given {path}, allowed: a name in .png or .svg")
-        told = _told(given.paths, given)
-        if not any((given.save, given.figure, given.map, given.output)):
-            print(told, end="")
-            return 0
-        runs = _runs(given.paths, given.metric)
-        if given.map and not figures.has_bit_widths(runs):
-            raise ValueError("--map: given no run in a format eXmY, allowed: at least one")
-        drawn: list[tuple[Callable, Path]] = []
-        if given.figure:
-            drawn.append((figures.curves, given.figure))
-        if given.map:
-            drawn.append((figures.bit_widths, given.map))
-        if given.output:
-            kinds = [(figures.curves, "curves")] + [(figures.bit_widths, "map")] * figures.has_bit_widths(runs)
-            drawn += [(draw, given.output / f"{name}.{end}") for draw, name in kinds for end in ("png", "svg")]
-            given.output.mkdir(parents=True, exist_ok=True)
-            (given.output / "table.md").write_text(told)
-            cells = io.StringIO(newline="")
-            csv.writer(cells, lineterminator="\n").writerows(table(runs, given.metric, given.at or (None,)))
-            (given.output / "table.csv").write_text(cells.getvalue())
-            records.save(runs, given.output / "runs.csv", given.at or ())
-        print(told, end="")
-        if given.save:
-            records.save(runs, given.save, given.at or ())
-        for draw, path in drawn:
-            draw(runs, given.metric, path, given.title, given.at or ())
+        if given.paths or not given.readme:
+            _report(given)
+        if given.readme:  # last, as its blocks may show what was just saved
+            given.readme.write_text(rewritten(given.readme.read_text(), given.readme.parent))
     except (ConfigError, OSError, ValueError, KeyError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ PYTHON = "python "  # how each command begins: README's and this list's; run by 
 REPORT = "python report.py --readme README.md"
 
 
-# As they took on two cores of an AMD EPYC, where other work ran beside most of them.
+# On two cores of an AMD EPYC, where other work ran beside most of them; of cifar10, the sum of its runs, two at a time.
 MINUTES = {
     "single": 1,
     "published": 4,

@@ -49,7 +49,7 @@ class Round(torch.autograd.Function):
         return Round.apply(x, forward, backward), dims[0]  # element by element: whichever dimension the batch is
 
 
-# torch asks for it at each call, and inspect makes it anew from the function: a twentieth of a small model's step.
+# torch asks for it at each call, and inspect would make it anew from the function each time.
 Round.forward.__signature__ = inspect.signature(Round.forward)
 
 

@@ -58,13 +58,14 @@ def places_of(name: str, scheme: str) -> tuple[str, str]:
     return "SR", scheme
 
 
-def data(pair: bool):
+def rows_of(pair: bool):
     """Digits in [0, 1] with a column of ones: rows and targets, of training and of test."""
     import torch
-    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    x, y = load_digits(return_X_y=True)
+    from data import digits
+
+    x, y = digits()
     if pair:
         chosen = (y == 3) | (y == 8)
         x, y = x[chosen], (y[chosen] == 8).astype(int)
@@ -78,7 +79,7 @@ def train(kind: str, name: str, scheme: str, steps: int, rate: float) -> dict[st
     import torch
     from torch.nn import functional
 
-    x, y, test_x, test_y = data(pair=kind != "logistic")
+    x, y, test_x, test_y = rows_of(pair=kind != "logistic")
     classes = 10 if kind == "logistic" else 2
     target = functional.one_hot(y, classes).float() if kind == "logistic" else y.float()[:, None]
     widths = [x.shape[1], classes] if kind == "logistic" else [x.shape[1], 32, 1]
@@ -161,7 +162,7 @@ def main() -> None:
             better = median(loss(kind, "SR")) < median(loss(kind, "nearest"))
             claims.add(
                 f"{kind}, {name}: stochastic rounding helps to prevent stagnation",
-                f"training loss after {steps} steps, {spread}: {told(kind)}",
+                f"training loss in step {steps}, {spread}: {told(kind)}",
                 better,
             )
         for kind in cases:
@@ -171,7 +172,7 @@ def main() -> None:
                 below = [n for n in range(steps) if median(loss(kind, scheme, n)) <= half]
                 reach[scheme] = below[0] + 1 if below else None
             accuracy = {s: median(found[kind, s]["accuracy"][-1]) for s in SCHEMES}
-            reached = f"steps until the median loss is that of SR after {steps}: " + ", ".join(
+            reached = f"first step whose median loss is at most that of SR in step {steps}: " + ", ".join(
                 f"{s} {n or 'never'}" for s, n in reach.items()
             )
             reached += f"; testing accuracy in % at the end: {told(kind, 'accuracy')}"

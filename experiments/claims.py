@@ -19,12 +19,12 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the proje
 class Claims:
     """with Claims(__doc__) as claims: claims.add("what the paper says", "what came out", holds)"""
 
-    def __init__(self, about: str, argv: list[str] | None = None) -> None:
+    def __init__(self, about: str) -> None:
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--save", type=Path, help="a CSV file of the claims")
         parser.add_argument("--figure", type=Path, help="a PNG or SVG file")
         parser.add_argument("--quick", action="store_true", help="smaller and fewer: to see it run, not to believe it")
-        self.given = parser.parse_args(argv)
+        self.given = parser.parse_args()
         self.rows: list[tuple[str, str, str]] = []
         self.started = time.monotonic()
 

@@ -39,7 +39,7 @@ def main() -> None:
         worst = formats[2]
         claims.add(
             "(our own question) do more bits behind the point help?",
-            f"with 12, numbers end at ±8, and what this network computes saturates: stochastic "
+            f"with 12, so that numbers end at ±8: stochastic "
             f"{told[f'{worst} stochastic']}, nearest {told[f'{worst} nearest']}",
             value[f"{worst} stochastic"] > value["float32"] - 1,
         )

@@ -220,17 +220,35 @@ def test_runs_that_did_not_end_are_left_out(cli, tmp_path):
     assert len(records.read([tmp_path / "runs"])) == 1
 
 
-@pytest.mark.parametrize("text", ["claim,holds\na,yes\n", "", "CUT"])
+@pytest.mark.parametrize("text", ["claim,holds\na,yes\n", "", "a file whose last line is cut off"])
 def test_another_file_than_that_of_save_is_one_line(made, tmp_path, capsys, text):
     file = tmp_path / "some.csv"
     records.save(made, file)
-    file.write_text(file.read_text()[:-40].rpartition(",")[0][:-12] if text == "CUT" else text)
-    assert report.main([str(file), "--metric", "testing_mse", "--save", str(tmp_path / "new.csv")]) in (0, 2)
+    whole = file.read_text().splitlines()
+    file.write_text(text if "cut" not in text else "\n".join([*whole[:-1], whole[-1][: len("float32,9")]]))
+    assert report.main([str(file), "--metric", "testing_mse", "--save", str(tmp_path / "new.csv")]) == 2
     told = capsys.readouterr()
-    assert "Traceback" not in told.err
-    if text != "CUT":
-        assert not (tmp_path / "new.csv").exists()
-        assert len(told.err.splitlines()) == 1
+    assert len(told.err.splitlines()) == 1
+    assert "some.csv" in told.err
+    assert told.out == ""
+    assert not (tmp_path / "new.csv").exists()
+
+
+def test_readme_shows_what_was_saved_in_the_same_call(made, tmp_path, capsys):
+    records.save(made, tmp_path / "all.csv")
+    block = "<!-- report.py some.csv --metric testing_mse --at 5 -->\n<!-- end -->\n"
+    (tmp_path / "README.md").write_text(block)
+    arguments = ["--metric", "testing_mse", "--at", "5", "--save", tmp_path / "some.csv"]
+    assert report.main(list(map(str, [tmp_path / "all.csv", *arguments, "--readme", tmp_path / "README.md"]))) == 0
+    assert capsys.readouterr().out in (tmp_path / "README.md").read_text()
+
+
+def test_a_map_of_runs_without_a_value_is_one_line(made, tmp_path, capsys):
+    records.save(made, tmp_path / "some.csv")
+    arguments = ["--metric", "testing_mse", "--at", "4", "--map", tmp_path / "x.png", "--save", tmp_path / "new.csv"]
+    assert report.main(list(map(str, [tmp_path / "some.csv", *arguments]))) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"some.csv"}
 
 
 def test_one_setting_in_two_files_is_one_line(made, tmp_path, capsys):
