@@ -234,13 +234,14 @@ def test_another_file_than_that_of_save_is_one_line(made, tmp_path, capsys, text
     assert not (tmp_path / "new.csv").exists()
 
 
-def test_readme_shows_what_was_saved_in_the_same_call(made, tmp_path, capsys):
+def test_readme_shows_what_was_saved_in_the_same_call(made, tmp_path):
     records.save(made, tmp_path / "all.csv")
     block = "<!-- report.py some.csv --metric testing_mse --at 5 -->\n<!-- end -->\n"
     (tmp_path / "README.md").write_text(block)
     arguments = ["--metric", "testing_mse", "--at", "5", "--save", tmp_path / "some.csv"]
     assert report.main(list(map(str, [tmp_path / "all.csv", *arguments, "--readme", tmp_path / "README.md"]))) == 0
-    assert capsys.readouterr().out in (tmp_path / "README.md").read_text()
+    saved = report.table(records.read([tmp_path / "some.csv"]), "testing_mse", (5,))
+    assert report.markdown(saved) in (tmp_path / "README.md").read_text()
 
 
 def test_a_map_of_runs_without_a_value_is_one_line(made, tmp_path, capsys):
