@@ -197,6 +197,10 @@ def _record(asked: str, start: dict, next_message, answer) -> None:
                 answer(warning=str(error))
     settings = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
     settings |= {"console": "off", "x_stats_pid": start["pid"]}  # the process whose memory and load wandb plots
+    if start["run"]["resume"]:
+        # A folder is named by the second and the id: that of the process of the run before, if it was killed in this
+        # very second, must not be ours too.
+        settings["x_sync_dir_suffix"] = str(start["pid"])
     if mode == "offline":
         del start["run"]["resume"]  # which offline means nothing
     run = wandb.init(**start["run"], mode=mode, settings=settings)

@@ -537,4 +537,7 @@ print(run.id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert_whole(continued(tmp_path, killed.stdout.strip()))
+    run_id = killed.stdout.strip()
+    lines = continued(tmp_path, run_id)
+    assert_whole(lines)
+    assert folder_in(lines).name.endswith(f"-{run_id}-{os.getpid()}")  # which the killed one's cannot be
