@@ -6,8 +6,9 @@ few instructions is right, and a first look at the largest and smallest magnitud
 
     fast     all between the format's smallest normal and largest value, or zero: cut the same bits off all
     nearest  to nearest, almost any format: below the smallest normal value, the processor's addition rounds
+    small    stochastic, of most formats, not above the largest value: below the smallest normal one, further bits go
     general  any value: the number of bits to cut off depends on the value
-    deep     after it, stochastic, for values so small that further random words decide
+    deep     after these, stochastic, for values so small that further random words decide
 
 Addresses and counts are whole numbers of the caller's, who answers for them; nothing here allocates or raises.
 
@@ -28,6 +29,7 @@ from kernels.parameters import MODES
 
 GROUP = 256  # elements
 _DEEP_GROUP = 32
+_UNDECIDED = 0x7FFFFFFF  # what `_small` leaves to `_deep`
 KERNEL = {"error_model": "numpy", "boundscheck": False, "cache": True}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SIGN, _MAGNITUDE, _INFINITY = 0x80000000, 0x7FFFFFFF, 0x7F800000
@@ -214,6 +216,44 @@ def _nearest(infinity, source, target, size, always, lowest_level, mantissa, lar
 
 
 @njit(inline="always")
+def _small(
+    source, target, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest, deep_below, deep
+):  # fmt: skip
+    """A group stochastically, where `_nearest` might be used to nearest, and none lies above the largest value.
+
+    deep: whether some lie below deep_below. Their further word decides, as in `_deep`, but for those for which it is
+    not enough: they become _UNDECIDED, and `_deep` must do them. Returns whether there are such.
+    """
+    cut = _sub(_shl(1, always), 1)
+    kept, smallest_normal = _xor(cut, 0xFFFFFFFF), _shl(_add(lowest_level, 1), 23)
+    drop_of_zero, undecided = _add(_add(always, lowest_level), 1), uint32(0)
+    for i in range(size):
+        bits = load(source, i)
+        magnitude = _and(bits, _MAGNITUDE)
+        place = _index(index, table, i)
+        noise = word(place, k0, k1, k2)
+        normal = _and(_add(magnitude, _shr(noise, _sub(32, always))), kept)
+        significand = _or(_and(magnitude, 0x7FFFFF), 0x800000)
+        whole_drop = _sub(drop_of_zero, _shr(magnitude, 23))
+        drop = min(whole_drop, uint32(30))
+        if not deep:
+            significand = significand if magnitude else uint32(0)
+        below = as_bits(_mul_floats(_shr(_add(significand, _shr(_shr(noise, 1), _sub(31, drop))), drop), smallest))
+        result = below if magnitude < smallest_normal else normal
+        if deep:
+            zeros, further = _sub(whole_drop, 24), word(place, f0, f1, f2)
+            too_few = uint32(zeros > uint32(32))  # random bits; for subnormal numbers, whose significand is wrong, too
+            all_zero = uint32(_shr(further, _sub(32, min(zeros, uint32(32)))) == uint32(0))
+            up = _and(all_zero, _or(too_few, uint32(_shr(noise, 8) < significand)))
+            far = uint32(_UNDECIDED) if too_few else smallest
+            far = far if up else uint32(0)
+            result = far if magnitude < deep_below else result
+            undecided = _or(undecided, uint32(result == uint32(_UNDECIDED)))
+        store(target, i, _or(result, _and(bits, _SIGN)))
+    return undecided
+
+
+@njit(inline="always")
 def _general(
     mode, infinity, source, target, size, index, table, k0, k1, k2, always, lowest_level, mantissa, composed,
     largest, lowest, signed_zero, few, half,
@@ -356,8 +396,21 @@ def _group(
     deep = mode == _STOCHASTIC and not fast and deep_below != uint32(0) and smallest < _sub(deep_below, 1)
     # Vector instructions must not write to what they read, and `_deep` reads the group again.
     written = buffer if deep or group == result else result
+    small = mode == _STOCHASTIC and plain and signed_zero and highest < int32(largest)
+    small = small and _add(lowest_level, always) > uint32(55)  # so that float32's subnormal numbers are `too_few`
+    smallest_value = _shl(_sub(_add(lowest_level, 1), mantissa), 23)
     if fast:
         _fast(mode, group, written, size, index, table, k0, k1, k2, always, few, half)
+    elif small and deep:
+        deep = uint32(0) != _small(
+            group, written, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest_value,
+            deep_below, True,
+        )  # fmt: skip
+    elif small:
+        _small(
+            group, written, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest_value,
+            deep_below, False,
+        )  # fmt: skip
     elif mode == _NEAREST and plain:
         _nearest(infinity, group, written, size, always, lowest_level, mantissa, largest, lowest, signed_zero)
     elif not (deep and highest < int32(_sub(deep_below, 1))):
@@ -366,13 +419,13 @@ def _group(
             largest, lowest, signed_zero, few, half,
         )  # fmt: skip
     if deep:
-        smallest_value = _shl(_sub(_add(lowest_level, 1), mantissa), 23)
         for start in range(0, size, _DEEP_GROUP):  # a few values like that in every group are common, more are not
             some = min(_DEEP_GROUP, size - start)
-            smallest = uint32(0xFFFFFFFF)
+            smallest, largest_written = uint32(0xFFFFFFFF), uint32(0)
             for i in range(start, start + some):
                 smallest = min(smallest, _and(load(group, i), _MAGNITUDE))
-            if smallest < deep_below:
+                largest_written = max(largest_written, _and(load(written, i), _MAGNITUDE))
+            if smallest < deep_below and (not small or largest_written == uint32(_UNDECIDED)):
                 place = 4 * start
                 _deep(
                     group + place, buffer + place, some, index if table else _add(index, uint32(start)),
