@@ -110,7 +110,8 @@ class LayerRounding(nn.Module):
         x = arguments[0] if arguments else named["input"]
         replica = _replica(layer, x)
         self.clock.calls[self._name, self.training, replica] += 1
-        x = self._around(x, self.inputs, self.input_errors, replica)
+        own = _gives_a_new_error(layer) and next(reversed(layer._forward_pre_hooks.values())) == self.before
+        x = self._around(x, self.inputs, self.input_errors, replica, own_error=own)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
 
     @untraced
@@ -120,7 +121,10 @@ class LayerRounding(nn.Module):
         y = self._around(output, self.activations, self.output_errors, _replica(layer, output), in_place)
         return y if self.activations or y is output else y.clone()  # Round's view would refuse an in-place ReLU
 
-    def _around(self, x: Tensor, forward: Any, backward: Any, replica: int, in_place: bool = False) -> Tensor:
+    def _around(
+        self, x: Tensor, forward: Any, backward: Any, replica: int, in_place: bool = False, own_error: bool = False
+    ) -> Tensor:
+        """in_place: nobody has seen `x`; own_error: nobody will see its gradient, which is rounded in place too."""
         if not (forward or (backward and x.requires_grad)):
             return x
         # Evaluation never takes training's noise, nor one replica another's.
@@ -132,7 +136,8 @@ class LayerRounding(nn.Module):
         def round_error(gradient: Tensor) -> Tensor:
             if self.clock.watch:
                 self.clock.note(backward.beyond(gradient))
-            return backward(gradient, call, **settings)
+            out = gradient if own_error and not gradient.requires_grad else None
+            return backward(gradient, call, out=out, **settings)
 
         if in_place:
             if forward:
@@ -153,6 +158,13 @@ def _is_new(layer: nn.Module, output: Tensor) -> bool:
     if output.grad_fn is None:  # nothing tells how it was made, but that of torch's own layers we know
         return type(layer) in LAYER_TYPES and "forward" not in vars(layer)
     return type(output.grad_fn).__name__ in _MAKERS
+
+
+def _gives_a_new_error(layer: nn.Module) -> bool:
+    """Whether the gradient of its input is made by torch's own operation, and nobody else can see it."""
+    if torch._C._are_functorch_transforms_active() or nn.modules.module._global_backward_hooks:
+        return False
+    return type(layer) in LAYER_TYPES and "forward" not in vars(layer) and not layer._backward_hooks
 
 
 def _replica(layer: nn.Module, x: Tensor) -> int:
