@@ -110,7 +110,7 @@ class LayerRounding(nn.Module):
         x = arguments[0] if arguments else named["input"]
         replica = _replica(layer, x)
         self.clock.calls[self._name, self.training, replica] += 1
-        own = _gives_a_new_error(layer) and next(reversed(layer._forward_pre_hooks.values())) == self.before
+        own = _has_its_own_error(layer) and next(reversed(layer._forward_pre_hooks.values())) == self.before
         x = self._around(x, self.inputs, self.input_errors, replica, own_error=own)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
 
@@ -160,11 +160,17 @@ def _is_new(layer: nn.Module, output: Tensor) -> bool:
     return type(output.grad_fn).__name__ in _MAKERS
 
 
-def _gives_a_new_error(layer: nn.Module) -> bool:
-    """Whether the gradient of its input is made by torch's own operation, and nobody else can see it."""
-    if torch._C._are_functorch_transforms_active() or nn.modules.module._global_backward_hooks:
+def _has_its_own_error(layer: nn.Module) -> bool:
+    """Whether torch's own operation alone reads the rounded input and makes its gradient, and no hook sees either.
+
+    Beside our own forward hook, that is: another one would be given the input, and could compute with it.
+    """
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_backward_hooks or layer._backward_hooks:
         return False
-    return type(layer) in LAYER_TYPES and "forward" not in vars(layer) and not layer._backward_hooks
+    if torch._C._are_functorch_transforms_active() or len(layer._forward_hooks) > 1:
+        return False
+    return type(layer) in LAYER_TYPES and "forward" not in vars(layer)
 
 
 def _replica(layer: nn.Module, x: Tensor) -> int:

@@ -216,6 +216,12 @@ def _nearest(infinity, source, target, size, always, lowest_level, mantissa, lar
 
 
 @njit(inline="always")
+def _begins_with(zeros, word):
+    """1 or 0: whether the word's first `zeros` bits are zero, all of them from 32 on. Nobody needs it for 0."""
+    return uint32(_shr(word, _sub(32, min(max(zeros, uint32(1)), uint32(32)))) == uint32(0))
+
+
+@njit(inline="always")
 def _small(
     source, target, size, index, table, k0, k1, k2, f0, f1, f2, always, lowest_level, smallest, deep_below, deep
 ):  # fmt: skip
@@ -243,7 +249,7 @@ def _small(
         if deep:
             zeros, further = _sub(whole_drop, 24), word(place, f0, f1, f2)
             too_few = uint32(zeros > uint32(32))  # random bits; for subnormal numbers, whose significand is wrong, too
-            all_zero = uint32(_shr(further, _sub(32, min(zeros, uint32(32)))) == uint32(0))
+            all_zero = _begins_with(zeros, further)
             up = _and(all_zero, _or(too_few, uint32(_shr(noise, 8) < significand)))
             far = uint32(_UNDECIDED) if too_few else smallest
             far = far if up else uint32(0)
@@ -330,7 +336,7 @@ def _deep(
         bits, old = load(source, i), load(target, i)
         _, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
         further = word(_index(index, table, i), f0, f1, f2)
-        all_zero = uint32(_shr(further, _sub(32, min(zeros, uint32(32)))) == uint32(0))
+        all_zero = _begins_with(zeros, further)
         deep = _is_deep(bits, below)
         some = _or(some, _and(all_zero, deep))
         store(target, i, _and(_and(bits, _SIGN), signed_zero) if deep else old)
@@ -342,7 +348,7 @@ def _deep(
         significand, zeros = _zeros(_and(bits, _MAGNITUDE), lowest_level, always)
         place = _index(index, table, i)
         below_significand = uint32(_shr(word(place, k0, k1, k2), 8) < significand)
-        all_zero = uint32(_shr(word(place, f0, f1, f2), _sub(32, min(zeros, uint32(32)))) == uint32(0))
+        all_zero = _begins_with(zeros, word(place, f0, f1, f2))
         up, deep = _and(below_significand, all_zero), _is_deep(bits, below)
         undecided = _or(undecided, _and(_and(deep, up), uint32(zeros > uint32(32))))
         value = _or(_mul(up, smallest), _and(bits, _SIGN))
