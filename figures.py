@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E
 STYLES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D")  # of the epochs of a table
 BIT_WIDTHS = re.compile(r"e([2-8])m(\d+) (\S+)")  # the settings of a map
+LETTERS = 10.5  # of a label, to an inch of a figure's width
 MANY_EPOCHS = 100  # from here on, their axis is logarithmic
 MANY_TIMES = 50.0  # and that of the metric, where it spans so much
 
@@ -60,30 +62,25 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str, epochs: Seq
     Where a setting has several runs, a second panel has their medians and bands after each of `epochs` (or the last).
     """
     plt = pyplot()
-    factor = 100 if is_percent(metric) else 1
     groups = by_setting(runs)
     several = max(len(group) for group in groups.values()) > 1
-    height = 4.2 + 0.27 * len(groups)
+    width = 10 if several else 8
+    labels = [_label(setting, group, metric, int(width * LETTERS)) for setting, group in groups.items()]
+    height = 4.2 + 0.27 * sum(label.count("\n") + 1 for label in labels)
     if several:
         chart, (axes, ends) = plt.subplots(
-            1, 2, figsize=(10, height), layout="constrained", width_ratios=(3, 2), sharey=True
+            1, 2, figsize=(width, height), layout="constrained", width_ratios=(3, 2), sharey=True
         )
     else:
-        chart, axes = plt.subplots(figsize=(8, height), layout="constrained")
+        chart, axes = plt.subplots(figsize=(width, height), layout="constrained")
     longest = max((run.epochs for run in runs), default=0)
     middles: list[float] = []
-    for number, (setting, group) in enumerate(groups.items()):
-        found: dict[int, list[float]] = {}
-        for run in group:
-            for line in run.history:
-                if line.get(metric) is not None:
-                    found.setdefault(int(line["epoch"]), []).append(factor * line[metric])
+    for number, (label, group) in enumerate(zip(labels, groups.values(), strict=True)):
+        found = _by_epoch(group, metric)
         places = sorted(found)
         middle = [statistics.median(found[e]) for e in places]
         middles += middle
         mark = {"marker": "o", "markersize": 3} if len(places) <= 40 else {}
-        count = f" (n = {len(group)})" if len(group) > 1 else ""
-        label = f"{setting}: {_last(middle, metric)}{count}"
         axes.plot(places, middle, label=label, linewidth=3.2 if number == 0 else 1.8, **mark, **look(number))
         if len(group) > 1 and places:
             low, high = zip(*(band(found[e]) for e in places), strict=True)
@@ -123,8 +120,26 @@ def _ends(axes: Any, group: Sequence[Run], metric: str, number: int, count: int,
             )
 
 
-def _last(middle: Sequence[float], metric: str) -> str:
-    return "-" if not middle else f"{middle[-1]:.1f} %" if is_percent(metric) else f"{middle[-1]:.3g}"
+def _shown(value: float, metric: str) -> str:
+    return f"{value:.1f} %" if is_percent(metric) else f"{value:.3g}"
+
+
+def _by_epoch(group: Sequence[Run], metric: str) -> dict[int, list[float]]:
+    """The metric of each run that has it, by epoch, as it is drawn."""
+    factor, found = 100 if is_percent(metric) else 1, {}
+    for run in group:
+        for line in run.history:
+            if line.get(metric) is not None:
+                found.setdefault(int(line["epoch"]), []).append(factor * line[metric])
+    return found
+
+
+def _label(setting: str, group: Sequence[Run], metric: str, letters: int) -> str:
+    """What the legend says of a setting, in lines of so many letters at most."""
+    found = _by_epoch(group, metric)
+    last = _shown(statistics.median(found[max(found)]), metric) if found else "-"
+    count = f" (n = {len(group)})" if len(group) > 1 else ""
+    return textwrap.fill(f"{setting}: {last}{count}", letters, subsequent_indent="    ")
 
 
 def _widths(runs: Sequence[Run]) -> dict[str, dict[tuple[int, int], list[Run]]]:
@@ -190,6 +205,6 @@ def bit_widths(runs: Sequence[Run], metric: str, path: Path, title: str, epochs:
     name = metric.replace("_", " ") + (" (%)" if is_percent(metric) else "")
     chart.colorbar(plt.cm.ScalarMappable(norm, colours), ax=panels[0], label=f"{name}, median", fraction=0.03)
     baseline = [v for v in alone if v is not None]
-    against = f"; float32: {_last([factor * statistics.median(baseline)], metric)}" if baseline else ""
+    against = f"; float32: {_shown(factor * statistics.median(baseline), metric)}" if baseline else ""
     chart.suptitle(f"{title}{against}" if title else f"{name}{against}")
     store(chart, path)

@@ -13,6 +13,7 @@ import records
 import report
 from config import Config
 from recipes import with_recipe
+from records import Run
 
 
 @pytest.fixture
@@ -67,6 +68,21 @@ def test_a_figure_has_a_curve_and_a_name_for_each_setting(runs, tmp_path):
     for colour in figures.COLOURS[:4]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - wanted).max(-1) == 0).sum() > 20
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_longest_names_are_within_the_figure(seeds, tmp_path):
+    from matplotlib import image
+
+    name = "float8 stochastic; " + "; ".join(
+        f"{site} float16 stochastic" for site in ("weights", "gradients", "momentum")
+    )
+    history = [{"epoch": epoch, "testing_accuracy": 0.1 * epoch} for epoch in (1, 2)]
+    made = [Run(name * 3, seed, "complete", 1.0, history, seed) for seed in range(seeds)]
+    figures.curves(made, "testing_accuracy", tmp_path / "x.png", "")
+    pixels = image.imread(tmp_path / "x.png")[..., :3]
+    border = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
+    assert all((edge == 1).all() for edge in border)
 
 
 @pytest.mark.parametrize(
