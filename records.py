@@ -16,7 +16,8 @@ from config import Config, flag
 from formats import ADDED_SITES, ALL_SITES, FLOAT32, Rule, format_named, rounding_named
 
 COLUMNS = ("setting", "seed", "rounding_seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
-TRAINING_FLAGS = {flag(f.name) for f in fields(Config) if f.metadata["group"] != "rounding"}
+# What float32 must have alike to be a setting's baseline. An average of weights adds metrics, and changes no other.
+TRAINING_FLAGS = {flag(f.name) for f in fields(Config) if f.metadata["group"] != "rounding"} - {"--average-last"}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ MINUTES = {
     "averaging": 3,
     "fixed_point": 7,
     "bfloat16_weights": 7,
-    "cifar10": 180,
+    "cifar10": 290,
 }
 
 
@@ -103,9 +103,12 @@ SECTIONS = {
         MINUTES["cifar10"],
         (
             f"{CIFAR10} --precision float32",
+            f"{CIFAR10} --precision float8 --rounding nearest,stochastic --loss-scale 1000",
             f"{CIFAR10} --recipe qtorch-tutorial --rounding nearest,stochastic",
-            f"{CIFAR10} --precision float8 --rounding stochastic --loss-scale 1000"
-            " --site ';accumulator=float16,momentum=float16,activations=float16'",
+            f"{CIFAR10} --recipe qtorch-tutorial --rounding stochastic --site 'activations=float16;"
+            "weights=float8:nearest;weights=float8:nearest,activations=float16'",
+            f"{CIFAR10} --precision float16 --loss-scale 1000",
+            f"{CIFAR10} --recipe ocp-fp8,bfloat16,bfloat16-stochastic,swalp",
             "python report.py runs/cifar10 --metric testing_accuracy --save results/cifar10.csv"
             " --figure images/cifar10_results.png"
             " --title 'CIFAR-10, ResNet-20, 15 epochs one-cycle: testing accuracy'",

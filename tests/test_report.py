@@ -127,6 +127,12 @@ def test_a_setting_is_named_by_what_is_rounded(settings, name):
     assert records.setting_of(Config.make(**with_recipe(recipe, given))) == name
 
 
+def test_an_average_of_weights_has_the_same_baseline(cli, tmp_path):
+    cli("--dataset", "boston", "--precision", "float32")
+    cli("--dataset", "boston", "--precision", "float8", "--average-last", 0.5)
+    assert [run.setting for run in records.read([tmp_path / "runs"])] == ["float32", "float8 nearest"]
+
+
 def test_pairs_are_runs_of_one_seed(runs, tmp_path, capsys):
     folder, found = runs
     assert report.main([str(folder), "--metric", "testing_mse"]) == 0
