@@ -110,8 +110,9 @@ class LayerRounding(nn.Module):
         x = arguments[0] if arguments else named["input"]
         replica = _replica(layer, x)
         self.clock.calls[self._name, self.training, replica] += 1
-        own = _has_its_own_error(layer) and next(reversed(layer._forward_pre_hooks.values())) == self.before
-        x = self._around(x, self.inputs, self.input_errors, replica, own_error=own)
+        own = self.input_errors and _has_its_own_error(layer)
+        own = own and next(reversed(layer._forward_pre_hooks.values())) == self.before  # the last to be given it
+        x = self._around(x, self.inputs, self.input_errors, replica, own_error=bool(own))
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
 
     @untraced
