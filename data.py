@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-BOSTON = Path(__file__).parent / "datasets" / "boston.csv"
+BOSTON = Path(__file__).parent / "sources" / "boston.csv"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def load(
 def _cifar10(scale_on: str, data_dir: str | None) -> Data:
     import torch
 
-    import cifar10
+    from sources import cifar10
 
     train_x, train_y, test_x, test_y = map(torch.from_numpy, cifar10.load(data_dir))
     fitted = [train_x, test_x] if scale_on == "all" else [train_x]

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import console
-import formats
-import recipes
-import track
-from config import Config, ConfigError, flag, shown
-from recipes import RECIPES, with_recipe
+from lab import console
+from lab import record as track
+from low_precision import formats
+from settings import recipes
+from settings.config import Config, ConfigError, flag, shown
+from settings.recipes import RECIPES, with_recipe
 
 GROUPS = {
     "data": "what is learned from",

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import figures
-import records
-from config import ConfigError
-from records import Run
+from analysis import figures
+from analysis import runs as records
+from analysis.runs import Run
+from settings.config import ConfigError
 
 RESAMPLES = 9999  # of the bootstrap
 BLOCK = re.compile(r"^(<!-- report\.py ([^\n]*?) -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)  # of a README

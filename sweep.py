@@ -24,11 +24,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import console
 import main as single
-import track
-from config import Config, ConfigError, flag, refused
-from recipes import with_recipe
+from lab import console
+from lab import record as track
+from settings.config import Config, ConfigError, flag, refused
+from settings.recipes import with_recipe
 
 LISTS = ("quantize", "layers", "site")  # whose values have commas themselves: there, a semicolon is between two values
 CLUSTERS = ("ray",)

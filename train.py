@@ -20,21 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-import checkpoint
-import console
 import data
-import engines
-import measure
 import models
-import track
-import wandb_run
-from checkpoint import Due, State
-from config import Config, ConfigError
-from formats import Overflow
-from kernels.noise import Key
-from optim import lean
-from parallel import Processes
-from quant import LowPrecision, Scheme
+from lab import checkpoint, console, wandb_run
+from lab import metrics as measure
+from lab import record as track
+from lab.checkpoint import Due, State
+from lab.processes import Processes
+from low_precision.engines import choice as engines
+from low_precision.formats import Overflow
+from low_precision.noise import Key
+from low_precision.optimizer import lean
+from low_precision.wrap import LowPrecision, Scheme
+from settings.config import Config, ConfigError
 
 CUDA_CHECK_STEPS = 50  # between two looks at the losses: each look waits for the device
 

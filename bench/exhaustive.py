@@ -28,8 +28,8 @@ import itertools
 
 import oracles
 
-from formats import BLOCKS, NAMED, FewBits, Rounding, is_random
-from quant import quantize
+from low_precision.formats import BLOCKS, NAMED, FewBits, Rounding, is_random
+from low_precision.wrap import quantize
 
 WHOLE = ("float8", "float16", "float8_e4m3fn", "bfloat16")
 OTHERS = (*NAMED, "e2m0", "e3m0", "e8m0", "e8m3", "e4m10", "e8m22", "fixed8.4", "fixed16.12s", *BLOCKS, "bfp8_row")

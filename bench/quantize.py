@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from formats import BlockFormat, format_named
-from quant import quantize
+from low_precision.formats import BlockFormat, format_named
+from low_precision.wrap import quantize
 
 SIZES = (10_000_000, 100_000, 1_000)
 SECONDS = 0.1  # of one method in one round, at least
@@ -45,7 +45,7 @@ def peers(x: torch.Tensor, name: str, rounding: str) -> dict[str, Callable[[], o
 
             found["ml_dtypes"] = lambda: x.numpy().astype(other).astype(np.float32)
     with contextlib.suppress(ImportError, ValueError):
-        from kernels.qtorch import to_qtorch
+        from low_precision.engines.qtorch import to_qtorch
 
         to_qtorch(fmt)
         quantize(x[:1], fmt, rounding, 7, backend="qtorch")  # compiles

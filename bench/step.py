@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import measure
 import models
-from formats import ALL_SITES, Rounding, rule_of
-from optim import lean
-from quant import LowPrecision, Scheme
+from lab import metrics as measure
+from low_precision.formats import ALL_SITES, Rounding, rule_of
+from low_precision.optimizer import lean
+from low_precision.wrap import LowPrecision, Scheme
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
 WIDE = rule_of("float16:stochastic")

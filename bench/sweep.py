@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+from lab import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--dataset", "toy,boston,diabetes", "--epochs", "30", "--batch-size", "512", "--wandb", "disabled"]

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
-from kernels.noise import Key, words
+from low_precision.noise import Key, words
 
 COUNT = 2**20
 

@@ -5,7 +5,7 @@ PYTHONPATH=. python examples/plain_script.py
 import torch
 from torch import nn
 
-from quant import quantize_model, quantize_optimizer
+from low_precision.wrap import quantize_model, quantize_optimizer
 
 
 def train(rounding: str | None = None, accumulator: str | None = None) -> float:

@@ -22,7 +22,7 @@ def descend(gradient, dimension: int, name: str | None, rate: float, places: lis
     """By number of steps: the weights, and their average; each of shape (seeds, dimension)."""
     import torch
 
-    from quant import quantize
+    from low_precision.wrap import quantize
 
     generator = torch.Generator().manual_seed(1)
     w = torch.zeros(SEEDS, dimension, dtype=torch.float64)
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def draw(path, places, curves, gaps, balls, ends) -> None:
-    import figures
+    from analysis import figures
 
     plt = figures.pyplot()
     chart, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")

@@ -55,7 +55,7 @@ def main() -> None:
             all(-0.1 <= mean[short] <= 0.2 for short in ("stochastic", "Kahan")),
         )
         if claims.given.figure:
-            import figures
+            from analysis import figures
 
             every = [run for group in runs.values() for run in group]
             figures.curves(every, "training_loss", claims.given.figure, "digits in bfloat16")

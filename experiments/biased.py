@@ -36,7 +36,7 @@ def rounded(x, name, scheme, key, gradient=None):
     """x in the format by that scheme; `gradient`: whose sign signed-SR_ε goes against."""
     import torch
 
-    from quant import quantize
+    from low_precision.wrap import quantize
 
     if scheme == "float32":
         return x
@@ -199,7 +199,7 @@ def main() -> None:
 
 
 def draw(path, found, cases, steps) -> None:
-    import figures
+    from analysis import figures
 
     plt = figures.pyplot()
     chart, panels = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")

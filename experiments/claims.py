@@ -55,8 +55,8 @@ def slope(x: list[float], y: list[float]) -> float:
 
 def trained(folder: str, *commands: str) -> dict[str, list]:
     """Sweeps (the arguments of sweep.py, but for the folder): runs by setting. What is complete is not run again."""
-    import records
     import sweep
+    from analysis import runs as records
 
     asked = {}
     for command in commands:
@@ -72,7 +72,7 @@ def spread(runs: list, metric: str, factor: float = 1.0, form: str = ".3g") -> s
     """The median of the last values and, in brackets, the 5th and the 95th percentile."""
     import statistics
 
-    import figures
+    from analysis import figures
 
     values = [factor * v for run in runs if (v := run.value(metric)) is not None]
     low, high = figures.band(values)

@@ -44,7 +44,7 @@ def main() -> None:
             value[f"{worst} stochastic"] > value["float32"] - 1,
         )
         if claims.given.figure:
-            import figures
+            from analysis import figures
 
             every = [run for group in runs.values() for run in group]
             figures.curves(every, "testing_accuracy", claims.given.figure, "digits in 16-bit fixed point")

@@ -23,7 +23,7 @@ def harmonic(name: str, terms: int) -> tuple[int, float, object]:
     """To nearest: the last n that changed the sum, and the sum; stochastically: the sums, shape (runs,)."""
     import torch
 
-    from quant import quantize
+    from low_precision.wrap import quantize
 
     inverse = 1 / torch.arange(1, terms + 1, dtype=torch.float64)
     nearest, moved = torch.zeros(1, dtype=torch.float64), 0
@@ -43,7 +43,7 @@ def heat(name: str, rounding: str | None, intervals: int, runs: int) -> tuple[ob
     """u at t = 1, shape (runs, points inside); the last step at which anything moved, and the steps in all."""
     import torch
 
-    from quant import quantize
+    from low_precision.wrap import quantize
 
     key = iter(range(10**9))
 
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def draw(path, times, near, chance, name, u) -> None:
-    import figures
+    from analysis import figures
 
     plt = figures.pyplot()
     chart, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")

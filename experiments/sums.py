@@ -26,7 +26,7 @@ def errors(name: str, rounding: str, places: list[int], sets: int) -> dict[int, 
     """By n: the backward errors, shape (kinds, sets)."""
     import torch
 
-    from quant import quantize
+    from low_precision.wrap import quantize
 
     torch.manual_seed(1)
     equal = quantize(1 + torch.rand(sets, dtype=torch.float64), name)
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def draw(path, places, mean, u, sets) -> None:
-    import figures
+    from analysis import figures
 
     plt = figures.pyplot()
     chart, panels = plt.subplots(1, len(KINDS), figsize=(12, 4.4), sharey=True, layout="constrained")

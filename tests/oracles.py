@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from formats import Format, Rounding
+from low_precision.formats import Format, Rounding
 
 
 def values(fmt: Format) -> list[float]:

@@ -1,0 +1,89 @@
+"""How a tensor is cut into the blocks of a BlockFormat, and the scale of each block: the same for every engine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from low_precision.formats import BlockFormat
+
+
+def rows(x: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
+    """The blocks of `x`: contiguous (blocks, elements of a block), zeros where the last block of a line is shorter.
+
+    Blocks of so many elements run along `dim`, in row-major order of the other dimensions. Else each block is a row
+    (all that has one index in the first dimension), a column (in the second), or the tensor; a tensor without such a
+    dimension is one block. IndexError for a `dim` that there is not.
+    """
+    if x.ndim == 0:
+        return x.reshape(1, 1)
+    if fmt.block == "tensor" or (fmt.block == "column" and x.ndim < 2):
+        return x.reshape(1, -1)
+    if fmt.block in ("row", "column"):
+        line = x if fmt.block == "row" else x.movedim(1, 0)
+        return line.reshape(line.shape[0], -1).contiguous()
+    line = x.movedim(dim, -1)
+    length = line.shape[-1]
+    if length % fmt.block:
+        line = torch.nn.functional.pad(line, (0, -length % fmt.block))
+    return line.reshape(-1, fmt.block).contiguous()
+
+
+def restore(blocks: Tensor, like: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
+    """The tensor of which these are the rows, with the shape and the layout of `like`."""
+    if like.ndim == 0 or fmt.block in ("tensor", "row") or (fmt.block == "column" and like.ndim < 2):
+        line = blocks.reshape(like.shape)
+    elif fmt.block == "column":
+        line = blocks.reshape(like.movedim(1, 0).shape).movedim(0, 1)
+    else:
+        shape = like.movedim(dim, -1).shape
+        padded = -(-shape[-1] // fmt.block) * fmt.block
+        line = blocks.reshape(*shape[:-1], padded)[..., : shape[-1]].movedim(-1, dim)
+    return line if line.stride() == like.stride() else torch.empty_like(like).copy_(line)
+
+
+def maxima(blocks: Tensor, largest: float) -> Tensor:
+    """The largest magnitude of each row, NaNs aside: (blocks, elements of a block) -> (blocks, 1).
+
+    largest: the largest finite value of the tensor's type, for which infinities stand.
+    """
+    if blocks.numel() == 0:
+        return blocks.new_zeros(len(blocks), 1)
+    return blocks.abs().nan_to_num_(nan=0.0, posinf=largest).amax(1, keepdim=True)
+
+
+def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
+    """The scale of each block, from the largest magnitude in it; see BlockFormat. 1 where there is nothing but zeros.
+
+    (blocks, 1) -> float64 (blocks, 1). largest: the largest finite value of the tensor's type.
+    """
+    if largest_in.numel() == 0:
+        return largest_in.double()
+    largest_in = largest_in.double()
+    if fmt.scale is None:
+        exponent = torch.frexp(largest_in)[1] - math.frexp(fmt.element.largest)[1]
+        scale = torch.ldexp(torch.ones_like(largest_in), exponent.clamp(-127, 127))
+    else:
+        wanted = largest_in.clamp(max=counted(largest)) / fmt.element.largest
+        tensor = tensor_scale(float(largest_in.amax()), fmt, largest)
+        wanted = (wanted / tensor).clamp(fmt.scale.smallest_subnormal, fmt.scale.largest)
+        place = torch.frexp(wanted.clamp(min=fmt.scale.smallest_normal))[1] - fmt.scale.mantissa_bits - 1
+        step = torch.ldexp(torch.ones_like(wanted), place)
+        scale = (wanted / step).round() * step * tensor  # ties to even
+    return scale.masked_fill(largest_in == 0, 1.0)
+
+
+def counted(largest: float) -> float:
+    """The largest magnitude that a scale of NVFP4 follows: element.largest times it, rounded up by at most 1/16, must
+    stay finite.
+    """
+    return largest * (15 / 16)
+
+
+def tensor_scale(largest_in: float, fmt: BlockFormat, largest: float) -> float:
+    """The tensor's own scale, a power of two, where a block's is a number of a format; largest_in: of all elements."""
+    mantissa, exponent = math.frexp(min(largest_in, counted(largest)) / fmt.element.largest / fmt.scale.largest)
+    exponent -= mantissa <= 0.5  # the smallest power of two not below
+    return math.ldexp(1.0, min(max(exponent, -120), 127))  # all products of a value, a scale and this: float32 numbers

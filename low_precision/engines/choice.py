@@ -1,0 +1,108 @@
+"""Which engine rounds a tensor. Another engine is a file in this folder with `quantize`, and an entry here.
+
+All but qtorch give the same bits, so nothing but the time depends on the choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import time
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from low_precision.formats import FLOAT32, BlockFormat, FewBits, Format, Overflow, Rounding
+from low_precision.noise import Key
+
+ENGINES = ("eager", "fused", "qtorch")
+
+# "auto" on the CPU: loading the fused engine takes about a second, in which it may compile more than one loop, and then
+# pays for itself. So it is loaded once the eager engine has taken that long: never more than twice the best choice.
+LOAD_SECONDS = 1.0
+_spent = 0.0  # seconds in the eager engine, under "auto"
+
+
+def check(backend: str) -> None:
+    """ValueError for a name that is not allowed."""
+    if backend != "auto" and backend not in ENGINES:
+        raise ValueError(f"backend: given {backend!r}, allowed: auto, {', '.join(ENGINES)}")
+
+
+def quantize(
+    x: Tensor,
+    format: Format | BlockFormat,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    dim: int,
+    out: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """quant.quantize, its arguments checked, but for `backend`."""
+    check(backend)
+    if x.numel() == 0 or (format == FLOAT32 and x.dtype != torch.float64):
+        return x.clone() if out is None else out.copy_(x)
+    if backend == "qtorch":
+        from low_precision.engines import qtorch
+
+        result = qtorch.quantize(x.float(), format, rounding, overflow).to(x.dtype)
+        return result if out is None else out.copy_(result)
+    arguments = (x, format, rounding, overflow, key, dim, out)
+    if x.device.type == "cuda" and backend != "eager":
+        return _or_eager("cuda").quantize(*arguments)
+    if x.device.type != "cpu" or backend == "eager":
+        return _load("eager").quantize(*arguments)
+    if backend == "fused":
+        return _load("fused").quantize(*arguments)
+    global _spent
+    if _spent >= LOAD_SECONDS:
+        return _or_eager("fused").quantize(*arguments)
+    start = time.perf_counter()
+    result = _load("eager").quantize(*arguments)
+    _spent += time.perf_counter() - start
+    return result
+
+
+def in_use(backend: str, device: torch.device) -> str:
+    """The name of the engine that rounds now, for the record."""
+    if backend != "auto":
+        return backend
+    name = "cuda" if device.type == "cuda" else "fused" if _spent >= LOAD_SECONDS else "eager"
+    return (name if name == "eager" else _or_eager(name).__name__).removeprefix("")
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+@functools.cache
+def _or_eager(name: str) -> ModuleType:
+    """That engine, or with a warning, once, the eager one where it does not load."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except Exception as error:  # an incomplete or broken installation can raise anything
+        warnings.warn(f"{name} does not load ({error}); rounding with the slower eager engine", stacklevel=2)
+        return _load("eager")
+
+
+@functools.cache
+def holds(dtype: torch.dtype, format: Format | BlockFormat) -> bool:
+    """Whether numbers of that floating-point type become numbers of the same type when they are rounded to `format`.
+
+    A value of the type lies on the format's grid, or its neighbours there have no more digits than itself. So what
+    matters is the largest value, in a block as large as its scale: it must be one of the type's, or out of its reach.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return True
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    there = torch.finfo(dtype)
+    if isinstance(format, BlockFormat):
+        return format.scale is None or dtype == torch.bfloat16  # a scale of NVFP4 may be larger than its block's needs
+    within = format.largest <= there.max
+    exact = all(float(torch.tensor(v).to(dtype)) == v for v in (format.largest, format.lowest))
+    return exact if within else 2.0**-format.mantissa_bits <= there.eps

@@ -1,0 +1,206 @@
+"""The engine for CUDA: one pass over memory with the bits of engines/eager.py, in Triton, which comes with torch there.
+
+engines/loops.py explains the arithmetic. Here every element takes the general way: memory is slower than that.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from low_precision.engines import eager
+from low_precision.engines.parameters import MODES, parameters
+from low_precision.formats import BlockFormat, FewBits, Format, Overflow, Rounding
+from low_precision.noise import Key
+
+_TILE = 1024  # elements a program
+_PIECE = 2**30  # elements a launch: indices within one fit in 32 bits, and none crosses a multiple of 2**32
+_NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = (tl.constexpr(mode) for mode in range(len(MODES)))
+_MAGNITUDE, _INFINITY, _SIGN = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000), tl.constexpr(0x80000000)
+
+
+@triton.jit
+def _word(index, k0, k1, k2):
+    x = index ^ k0
+    x = (x ^ (x >> 17)) * 0xED5AD4BB
+    x = x ^ k1
+    x = (x ^ (x >> 11)) * 0xAC4C1B51
+    x = x ^ k2
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    return x ^ (x >> 14)
+
+
+@triton.jit
+def _mix64(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _words(index, key, draw):
+    """The words of `draw`; key: noise.Key's value, moved to the elements' block of 2**32."""
+    start = key + (draw.to(tl.uint64) << 32) * 0x9E3779B97F4A7C15
+    mixed, more = _mix64(start), _mix64(start ^ 0xFFFFFFFFFFFFFFFF)
+    return _word(index, mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32), more.to(tl.uint32))
+
+
+@triton.jit(do_not_specialize=["count", "first", "key", "channels", "pixels"])
+def _round(
+    source, target, count, first, key, channels, pixels,
+    MODE: tl.constexpr, IEEE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALWAYS: tl.constexpr, LOWEST: tl.constexpr,
+    MANTISSA: tl.constexpr, COMPOSED: tl.constexpr, DEEP: tl.constexpr, LARGEST: tl.constexpr,
+    MOST_NEGATIVE: tl.constexpr, SIGNED_ZERO: tl.constexpr, FEW: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = place < count
+    bits = tl.load(source + place, inside, other=0.0).to(tl.float32).to(tl.uint32, bitcast=True)
+    if CHANNELS_LAST:
+        pixel = place // channels
+        order = (pixel // pixels * channels + place % channels) * pixels + pixel % pixels
+        index = order.to(tl.uint32)
+    else:
+        index = place.to(tl.uint32) + first.to(tl.uint32)
+    key = key.to(tl.uint64)
+
+    magnitude = bits & _MAGNITUDE
+    negative = (bits >> 31) != 0
+    scale = tl.maximum(magnitude >> 23, 1) - 1
+    significand = magnitude - (scale << 23)
+    level = tl.maximum(scale, LOWEST)
+    whole_drop = level - scale + ALWAYS
+    drop = tl.minimum(whole_drop, 30)
+    below = (tl.full((TILE,), 1, tl.uint32) << drop) - 1
+    reached = significand
+    added = tl.zeros((TILE,), tl.uint32)
+    if MODE == _NEAREST:
+        last = significand >> drop
+        if MANTISSA == 0:
+            last += level - LOWEST
+        added = (below + (last & 1)) >> 1
+    if MODE == _AWAY:
+        added = (below + 1) >> 1
+    if MODE == _UP:
+        added = tl.where(negative, 0, below)
+    if MODE == _DOWN:
+        added = tl.where(negative, below, 0)
+    if MODE >= _STOCHASTIC:
+        word = _words(index, key, tl.zeros((1,), tl.uint64))
+        added = (word >> 1) >> (31 - drop)
+        if MODE == _FEW:
+            unused = tl.maximum(drop, FEW) - FEW
+            added = (added >> unused) << unused
+            if HALF:
+                added = added | ((tl.full((TILE,), 1, tl.uint32) << unused) >> 1)
+            reached = significand >> tl.minimum(whole_drop - drop, 31)
+    rounded = (reached + added) >> drop
+    if COMPOSED:
+        result = (rounded << drop) + (scale << 23)
+    else:
+        last_place = ((level + 1 - MANTISSA) << 23).to(tl.float32, bitcast=True)
+        result = (rounded.to(tl.int32).to(tl.float32) * last_place).to(tl.uint32, bitcast=True)
+
+    if MODE == _STOCHASTIC:
+        deep = (magnitude < DEEP) & (magnitude != 0)
+        if tl.max(deep.to(tl.int32), 0) != 0:
+            digits = significand.to(tl.int32).to(tl.float32).to(tl.uint32, bitcast=True) >> 23
+            missing = tl.where(significand == 0, 0, 150 - digits)
+            up = (word >> 8) < (significand << missing)
+            zeros = (whole_drop - 24 + missing).to(tl.int32)
+            for draw in range(1, 7):  # zeros < 6 * 32: no format has its smallest value further from float32's
+                further = _words(index, key, tl.full((1,), draw, tl.uint64))
+                needed = tl.minimum(tl.maximum(zeros, 0), 32)
+                zero = tl.where(needed == 0, 0, further >> ((32 - needed) & 31).to(tl.uint32)) == 0
+                up = up & zero
+                zeros -= 32
+            smallest = tl.full((TILE,), (LOWEST + 1 - MANTISSA) << 23, tl.uint32)
+            result = tl.where(deep, tl.where(up, smallest, 0), result)
+
+    limit = tl.where(negative, tl.full((TILE,), MOST_NEGATIVE, tl.uint32), tl.full((TILE,), LARGEST, tl.uint32))
+    if IEEE:
+        infinite = tl.full((TILE,), _INFINITY, tl.uint32)
+        beyond = infinite
+        if MODE == _ZERO:
+            beyond = limit
+        if MODE == _UP:
+            beyond = tl.where(negative, limit, infinite)
+        if MODE == _DOWN:
+            beyond = tl.where(negative, infinite, limit)
+        result = tl.where(result > limit, beyond, result)
+        result = tl.where(magnitude == _INFINITY, infinite, result)
+    else:
+        result = tl.minimum(result, limit)
+    result = tl.where(magnitude > _INFINITY, tl.full((TILE,), _MAGNITUDE, tl.uint32), result)
+    sign = bits & _SIGN
+    if not SIGNED_ZERO:
+        sign = tl.where(result == 0, 0, sign)
+    value = (result | sign).to(tl.float32, bitcast=True)
+    tl.store(target + place, value.to(target.dtype.element_ty), inside)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | BlockFormat,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    dim: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Round `x` of any shape and strides, on CUDA; see quant.quantize. float64 and blocks are left to eager."""
+    first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
+    images = x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
+    images &= x.numel() <= _PIECE and first % 2**32 + x.numel() <= 2**32
+    if isinstance(fmt, BlockFormat) or x.dtype == torch.float64:
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+    result = torch.empty_like(x) if out is None else out
+    if x.stride() == result.stride() and (x.is_contiguous() or images):
+        _launch(x, result, fmt, rounding, overflow, key, first, not x.is_contiguous())
+    else:
+        contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
+        _launch(contiguous, contiguous, fmt, rounding, overflow, key, first, False)
+        result.copy_(contiguous)
+    return result
+
+
+def _launch(
+    x: Tensor,
+    result: Tensor,
+    fmt: Format,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    first: int,
+    channels_last: bool,
+) -> None:
+    """x, result: both dense, with the same strides; they may be the same. first: the index of the first element."""
+    p = parameters(fmt, rounding)
+    channels, pixels = (x.shape[1], x[0, 0].numel()) if channels_last else (1, 1)
+    source, target = (t.as_strided((t.numel(),), (1,)) for t in (x, result))
+    value = 0 if key is None else key.value
+    start = 0
+    while start < len(source):
+        index = first + start
+        piece = slice(start, min(start + _PIECE, start + 2**32 - index % 2**32))
+        count = len(source[piece])
+        _round[(triton.cdiv(count, _TILE),)](
+            source[piece], target[piece], count, _signed(index, 32), _signed(block_key(value, index >> 32), 64),
+            channels, pixels, MODE=p["mode"], IEEE=overflow is Overflow.INFINITY, CHANNELS_LAST=channels_last,
+            ALWAYS=p["always"], LOWEST=p["lowest_level"], MANTISSA=p["mantissa"], COMPOSED=p["composed"],
+            DEEP=p["deep_below"], LARGEST=p["largest"], MOST_NEGATIVE=p["lowest"], SIGNED_ZERO=p["signed_zero"],
+            FEW=p["few"], HALF=p["half"], TILE=_TILE,
+        )  # fmt: skip
+        start = piece.stop
+
+
+def block_key(value: int, block: int) -> int:
+    """What Key.parts starts from for draw 0."""
+    return (value + 0x9E3779B97F4A7C15 * (1 + block)) % 2**64
+
+
+def _signed(value: int, width: int) -> int:
+    """The whole number of the same `width` bits: Triton compiles again for an argument of another type."""
+    value %= 2**width
+    return value - 2**width if value >= 2 ** (width - 1) else value

@@ -1,0 +1,233 @@
+"""The readable engine: integer arithmetic on the bits of floating-point numbers, in plain PyTorch, on any device.
+
+It is the specification: every other engine must equal it bit for bit. No floating-point arithmetic rounds on the way,
+so there is no double rounding anywhere, and neither the processor's rounding mode nor its flushing of subnormals
+matters.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from low_precision import blocks
+from low_precision.formats import BlockFormat, FewBits, Format, Overflow, Rounding, is_random
+from low_precision.noise import LOW_WORD, Key, hash_words, words
+
+_CPU_BLOCK = 2**17  # elements at a time: the temporaries of a block stay in the cache
+_GPU_BLOCK = 2**26
+
+
+@dataclass(frozen=True)
+class _Carrier:
+    """The floating-point type that holds the numbers, of `width` bits, and the whole numbers that hold its bits."""
+
+    floats: torch.dtype
+    integers: torch.dtype
+    codes: tuple[str, str]  # of both, for struct
+    width: int
+    digits: int  # of the mantissa
+    bias: int
+    most_dropped: int  # bits that one rounding cuts off; what lies further down needs more random bits
+
+    @property
+    def magnitudes(self) -> int:
+        return 2 ** (self.width - 1) - 1
+
+    @property
+    def infinity(self) -> int:
+        """Its bits; a magnitude above it is a NaN."""
+        return (2 ** (self.width - 1 - self.digits) - 1) << self.digits
+
+    def bits_of(self, value: float) -> int:
+        """value: a finite number of the type, >= 0."""
+        return struct.unpack(self.codes[1], struct.pack(self.codes[0], value))[0]
+
+
+_SINGLE = _Carrier(torch.float32, torch.int32, ("<f", "<i"), 32, 23, 127, 30)
+_DOUBLE = _Carrier(torch.float64, torch.int64, ("<d", "<q"), 64, 52, 1023, 59)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | BlockFormat,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    dim: int = -1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Round `x` of any shape and strides; see quant.quantize. Elements count in row-major order."""
+    if isinstance(fmt, BlockFormat):
+        result = _quantize_blocks(x, fmt, rounding, key, dim)
+    else:
+        dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
+        rounded = _round(x.reshape(-1), fmt, rounding, overflow, key, _first(key, x, x.numel()))
+        if x.is_contiguous():
+            result = rounded.as_strided(x.shape, x.stride())
+        else:  # copy_ keeps the layout of x, e.g. channels_last
+            result = torch.empty_like(x).copy_(rounded.view(x.shape))
+        result = result.to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, key: Key | None, dim: int) -> Tensor:
+    """In float64, where division by a scale of a power of two and multiplication by any scale are exact, and a quotient
+    by a scale of NVFP4 is a tie only where it is one exactly.
+
+    Elements count in the order of blocks.rows, the filling at a line's end included.
+    """
+    rows = blocks.rows(x, fmt, dim)
+    largest = torch.finfo(x.dtype).max
+    scales = blocks.scales(blocks.maxima(rows, largest), fmt, largest)  # (blocks, 1)
+    scaled = rows.double() / scales
+    first = _first(key, x, rows.numel())
+    rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key, first).view(rows.shape)
+    return blocks.restore((rounded * scales).to(x.dtype), x, fmt, dim)
+
+
+def _first(key: Key | None, x: Tensor, elements: int) -> int:
+    return key.first_element(len(x), elements) if key and key.first_row else 0
+
+
+def _round(
+    flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None, first: int
+) -> Tensor:
+    """flat: float32 or float64, contiguous (n,), its elements counted from `first` on -> new tensor, same."""
+    carrier = _DOUBLE if flat.dtype == torch.float64 else _SINGLE
+    rounded = torch.empty_like(flat)
+    size = _CPU_BLOCK if flat.device.type == "cpu" else _GPU_BLOCK
+    start = 0
+    while start < len(flat):
+        index = first + start
+        stop = min(start + size, start + 2**32 - index % 2**32)  # what `words` can give
+        block = flat[start:stop].view(carrier.integers)
+        rounded[start:stop] = _round_block(block, carrier, fmt, rounding, overflow, key, index)
+        start = stop
+    return rounded
+
+
+def _round_block(
+    bits: Tensor,
+    carrier: _Carrier,
+    fmt: Format,
+    rounding: Rounding | FewBits,
+    overflow: Overflow,
+    key: Key | None,
+    start: int,
+) -> Tensor:
+    """bits: (n,), those of the elements from `start` on -> floating-point (n,).
+
+    Shifts and masks where one would expect comparisons and torch.where, which take PyTorch four times as long.
+    """
+    magnitude = bits & carrier.magnitudes
+    sign = bits >> carrier.width - 1  # 0 or -1
+    scale = (magnitude >> carrier.digits).sub_(1).clamp_(min=0)  # |x| = significand * 2**(scale - constant)
+    significand = magnitude - (scale << carrier.digits)
+
+    # How many of the significand's bits lie below the last place of the format: more in its subnormal range.
+    always, lowest_level = carrier.digits - fmt.mantissa_bits, carrier.bias - fmt.bias
+    level = scale.clamp(min=lowest_level)  # the scale that decides the last place
+    drop = (level - scale).add_(always)
+    deeper = (drop - carrier.most_dropped).clamp_(min=0) if is_random(rounding) else None
+    drop.clamp_(max=carrier.most_dropped)
+
+    # Add the part of the last place that the rounding mode asks for, then cut what lies below the last place.
+    if rounding is Rounding.TOWARD_ZERO:
+        rounded = significand >> drop
+    elif rounding is Rounding.STOCHASTIC:
+        word = _words(carrier, key, start, len(bits), bits.device)
+        noise = ((word >> 1) & carrier.magnitudes) >> (carrier.width - 1 - drop)  # the top `drop` bits of the word
+        rounded = noise.add_(significand) >> drop
+        if bool((deeper > 0).any()):
+            _round_deep(rounded, word, significand, deeper + carrier.most_dropped, carrier, key, start)
+    elif isinstance(rounding, FewBits):
+        word = _words(carrier, key, start, len(bits), bits.device)
+        noise = ((word >> 1) & carrier.magnitudes) >> (carrier.width - 1 - drop)
+        unused = (drop - rounding.bits).clamp_(min=0)  # the random bits that there are not
+        noise = (noise >> unused) << unused
+        if rounding.half_offset:
+            noise |= torch.bitwise_left_shift(1, unused) >> 1
+        rounded = noise.add_(significand >> deeper.clamp_(max=carrier.width - 1)) >> drop
+    else:
+        below = torch.bitwise_left_shift(1, drop).sub_(1)  # the largest remainder: all dropped bits set
+        if rounding is Rounding.NEAREST:
+            last = significand >> drop  # its last bit is that of the format's code below ...
+            if fmt.mantissa_bits == 0:  # ... but without a mantissa, the code is the exponent
+                last += (scale - lowest_level).clamp_(min=0)
+            below = below.add_(last.bitwise_and_(1)) >> 1
+        elif rounding is Rounding.NEAREST_AWAY:
+            below = below.add_(1) >> 1
+        elif rounding is Rounding.UP:
+            below &= ~sign
+        elif rounding is Rounding.DOWN:
+            below &= sign
+        rounded = below.add_(significand) >> drop
+
+    # Back to a floating-point number. A carry out of the significand is taken along.
+    if fmt.bias == carrier.bias:  # the last place may be a subnormal of the carrier: compose the bits
+        result = (rounded << drop).add_(scale << carrier.digits)
+        result &= carrier.magnitudes  # a NaN's carry
+    else:  # an exact product of normal numbers
+        last_place = (level + (1 - fmt.mantissa_bits)) << carrier.digits
+        result = rounded.to(carrier.floats).mul_(last_place.view(carrier.floats)).view(carrier.integers)
+
+    largest = carrier.bits_of(fmt.largest)
+    limit = largest + (sign & (carrier.bits_of(-fmt.lowest) - largest)) if fmt.twos_complement else largest
+    if overflow is Overflow.SATURATE:
+        result = result.clamp_(max=limit)
+    else:
+        beyond = torch.where(_stops_at_largest(rounding, magnitude < carrier.infinity, sign), limit, carrier.infinity)
+        result = torch.where(result > limit, beyond.to(carrier.integers), result)
+    result |= ((carrier.infinity - magnitude) >> carrier.width - 1) & carrier.magnitudes  # NaN stays: there, all bits
+    negative = sign << carrier.width - 1
+    if not fmt.has_negative_zero:
+        negative &= (-result) >> carrier.width - 1
+    return result.bitwise_or_(negative).view(carrier.floats)
+
+
+def _stops_at_largest(rounding: Rounding | FewBits, finite: Tensor, sign: Tensor) -> Tensor:
+    """Where a directed rounding of a finite number ends at the largest value, not at infinity (IEEE 754-2019, 7.4)."""
+    if rounding is Rounding.TOWARD_ZERO:
+        return finite
+    if rounding is Rounding.UP:
+        return finite & (sign < 0)
+    if rounding is Rounding.DOWN:
+        return finite & (sign == 0)
+    return torch.zeros_like(finite)
+
+
+def _words(carrier: _Carrier, key: Key, start: int, count: int, device: torch.device) -> Tensor:
+    """A random word for each element, as wide as the carrier; float64's begins with float32's."""
+    word = words(key, start, count, device)
+    if carrier is _SINGLE:
+        return word
+    return (word.to(torch.int64) << 32) | (words(key, start, count, device, LOW_WORD).to(torch.int64) & 0xFFFFFFFF)
+
+
+def _round_deep(
+    rounded: Tensor, word: Tensor, significand: Tensor, drop: Tensor, carrier: _Carrier, key: Key, start: int
+) -> None:
+    """Stochastic rounding of values so far below the smallest one that one word has too few bits: in place.
+
+    |x| = significand * 2**-drop of the smallest value, drop > most_dropped: it is rounded up where the word's top bits,
+    as many as a significand has, are below the significand and all further random bits down to 2**-drop are zero. So
+    the probability is exact for every number of the carrier.
+    """
+    where = ((drop > carrier.most_dropped) & (significand > 0)).nonzero().squeeze(1)
+    held = carrier.digits + 1
+    significand, drop = significand[where], drop[where]
+    missing = held - torch.frexp(significand.double())[1]  # leading zeros, which a subnormal number's has
+    up = ((word[where] >> carrier.width - held) & (2**held - 1)) < significand << missing
+    zeros = drop - held + missing  # how many further bits must be zero
+    draw = 1
+    while (undecided := up & (zeros > 0)).any():
+        index = where[undecided] + start % 2**32
+        further = hash_words(index.to(torch.int32), key.parts(start >> 32, draw)).to(torch.int64) & 0xFFFFFFFF
+        up[undecided] = (further >> (32 - zeros[undecided].clamp(max=32))) == 0
+        zeros -= 32
+        draw += 1
+    rounded[where] = up.to(rounded.dtype)

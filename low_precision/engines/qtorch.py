@@ -1,0 +1,105 @@
+"""qtorch itself, for comparison: its quantizers, its optimizer, and its number formats to and from ours.
+
+Importing qtorch.quant compiles its C++ the first time (a C++ compiler and ninja needed). Its stochastic rounding takes
+no key and on the CPU no seed; NaN and infinity become the largest finite number: that is how qtorch is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import qtorch
+import torch
+
+from low_precision.formats import FLOAT32, NAMED, BlockFormat, FewBits, Format, Overflow, Rounding, Rule, format_named
+
+ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
+
+
+def to_qtorch(format: Format | BlockFormat) -> qtorch.number.Number:
+    """qtorch's number of the same values. ValueError where it has none."""
+    if isinstance(format, BlockFormat):
+        dims = {"tensor": -1, "row": 0, "column": 1}
+        if format.block not in dims:
+            raise ValueError(f"{format.name} is no qtorch.BlockFloatingPoint, which knows tensors, rows and columns")
+        return qtorch.BlockFloatingPoint(format.element.mantissa_bits + 2, dims[format.block])
+    if format.exponent_bits == 0:
+        fraction = format.bias + format.mantissa_bits - 1
+        if fraction < 1:
+            raise ValueError(f"{format.name} is no qtorch.FixedPoint, which has a bit behind the point")
+        return qtorch.FixedPoint(format.mantissa_bits + 2, fraction, symmetric=not format.twos_complement)
+    finite = format.largest == 2.0 ** (2 ** (format.exponent_bits - 1)) * (2 - 2.0**-format.mantissa_bits)
+    if not finite or format.bias != 2 ** (format.exponent_bits - 1) - 1 or format.mantissa_bits == 0:
+        raise ValueError(f"{format.name} is no qtorch.FloatingPoint, whose top exponent holds numbers")
+    return qtorch.FloatingPoint(exp=format.exponent_bits, man=format.mantissa_bits)
+
+
+def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
+    """The format of the same values: a named one where there is one, else "qtorch_eXmY". ValueError where none is."""
+    if isinstance(number, qtorch.FixedPoint):
+        if not number.clamp:
+            raise ValueError(f"given {number} without clamping, allowed: clamp=True")
+        return format_named(f"fixed{number.wl}.{number.fl}{'s' if number.symmetric else ''}")
+    if isinstance(number, qtorch.BlockFloatingPoint):
+        names = {-1: "", 0: "_row", 1: "_column"}
+        if number.dim not in names:
+            raise ValueError(f"given {number}, allowed: dim -1, 0 or 1")
+        return format_named(f"bfp{number.wl}{names[number.dim]}")
+    if not isinstance(number, qtorch.FloatingPoint):
+        raise ValueError(f"given {number}, allowed: a qtorch number")
+    for format in NAMED.values():
+        if (format.exponent_bits, format.mantissa_bits) == (number.exp, number.man) and format.source.startswith(
+            "qtorch"
+        ):
+            return format
+    bias = 2 ** (number.exp - 1) - 1
+    largest = 2.0 ** (bias + 1) * (2 - 2.0**-number.man)
+    name = f"qtorch_e{number.exp}m{number.man}"
+    return Format(name, number.exp, number.man, bias, largest, False, False, True, "qtorch.FloatingPoint")
+
+
+@cache
+def _quantizer(format: Format | BlockFormat, rounding: Rounding | FewBits) -> Any:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"backend qtorch: given rounding {rounding}, allowed: nearest, stochastic")
+    from qtorch.quant import quantizer  # compiles: not before it is needed
+
+    return quantizer(forward_number=to_qtorch(format), forward_rounding=rounding.value)
+
+
+def quantize(
+    x: torch.Tensor, fmt: Format | BlockFormat, rounding: Rounding | FewBits, overflow: Overflow
+) -> torch.Tensor:
+    """qtorch's rounding of float32 `x`, without a key; overflow always saturates."""
+    if overflow is not Overflow.SATURATE:
+        raise ValueError("backend qtorch: given overflow infinity, allowed: saturate")
+    return _quantizer(fmt, rounding)(x.contiguous()).view(x.shape)
+
+
+def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scale: float) -> torch.optim.Optimizer:
+    """qtorch.optim.OptimLP around SGD or Adam, which divides the loss scale out before it rounds the gradients."""
+    from qtorch.optim import OptimLP
+
+    def quantizer(site: str) -> Any:
+        rule = rules.get(site)
+        return None if rule is None or rule.format == FLOAT32 else _quantizer(rule.format, rule.rounding)
+
+    made = OptimLP(
+        optimizer,
+        weight_quant=quantizer("weights"),
+        grad_quant=quantizer("gradients"),
+        momentum_quant=quantizer("momentum"),
+        acc_quant=quantizer("accumulator"),
+        grad_scaling=1 / loss_scale,
+    )
+    if made.acc_quant:  # which OptimLP leaves out of every state_dict
+        masters = list(made.weight_acc.values())
+
+        def load(_: Any, state: dict) -> None:
+            for master, saved in zip(masters, state["accumulator"], strict=True):
+                master.data.copy_(saved)
+
+        optimizer.register_state_dict_post_hook(lambda _, state: state | {"accumulator": masters})
+        optimizer.register_load_state_dict_pre_hook(load)
+    return made

@@ -1,0 +1,323 @@
+"""Config: one run, frozen and validated; to and from JSON. No torch here: a wrong argument answers at once.
+
+Each field carries its flag's help, its allowed values and its check; main.py makes the flags from the fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+from data import DATASETS
+from low_precision.formats import (
+    ADDED_SITES,
+    ALL_SITES,
+    FLOAT32,
+    SITES,
+    BlockFormat,
+    Overflow,
+    Rounding,
+    Rule,
+    format_named,
+    is_random,
+    rounding_named,
+)
+from settings import kinds
+from settings.kinds import Kind
+
+MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
+IMAGE_MODELS = ("cnn", "resnet20")
+
+# Where a run is recorded, tracked or computed: another run all the same is the same run.
+INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
+RULES_FIELDS = ("precision", "rounding", "quantize", "site")  # what decides of them is in Config.rules
+
+
+class ConfigError(ValueError):
+    """A setting that is not allowed: one line that names the flag, what was given and what is allowed."""
+
+
+def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: str | None = None) -> Any:
+    shown = default_text if default_text is not None else str(default)
+    return field(default=default, metadata={"group": group, "kind": kind, "help": text, "default": shown})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The constructor takes values; `make` takes flags' texts too. ConfigError for what is not allowed."""
+
+    dataset: str = _setting("toy", "data", kinds.one_of(*DATASETS), "data set")
+    test_split: float = _setting(
+        0.2,
+        "data",
+        kinds.number("a fraction, 0 < f < 1; cifar10 has its own split", lambda f: 0 < f < 1),
+        "share of the rows kept for testing",
+    )
+    scale_on: str = _setting("train", "data", kinds.one_of("train", "all"), "rows on which the scalers are fitted")
+    data_dir: str | None = _setting(
+        None,
+        "data",
+        kinds.or_none(Kind("a folder", kinds.text)),
+        "where downloads are kept, or already lie",
+        default_text="the user's cache folder",
+    )
+    model: str | None = _setting(
+        None,
+        "training",
+        kinds.or_none(kinds.one_of(*MODELS)),
+        "model; cnn and resnet20 need images",
+        default_text="the data set's own",
+    )
+    epochs: int = _setting(2, "training", kinds.whole(0), "passes over the training rows")
+    batch_size: int = _setting(256, "training", kinds.whole(1), "rows in a step")
+    optimizer: str = _setting("sgd", "training", kinds.one_of("sgd", "adam", "adamw"), "optimizer")
+    learning_rate: float = _setting(
+        0.01, "training", kinds.POSITIVE, "learning rate; its peak, where there is a schedule"
+    )
+    momentum: float = _setting(0.0, "training", kinds.NOT_NEGATIVE, "momentum of sgd")
+    weight_decay: float = _setting(0.0, "training", kinds.NOT_NEGATIVE, "weight decay, as the optimizer defines it")
+    schedule: str = _setting(
+        "constant",
+        "training",
+        kinds.one_of("constant", "cosine", "onecycle"),
+        "learning rate over the steps of the run",
+    )
+    average_last: float = _setting(
+        0.0,
+        "training",
+        kinds.number("a fraction, 0 <= f <= 1", lambda f: 0 <= f <= 1),
+        "share of the epochs, the last ones, whose weights are averaged in float32; the average is tested at the end",
+    )
+    seed: int = _setting(42, "training", kinds.SEED, "split, initial weights, order of the rows, and rounding noise")
+    device: str = _setting(
+        "auto", "training", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there"
+    )
+    precision: str = _setting("float32", "rounding", kinds.FORMAT, "number format of the rounded sites")
+    rounding: str = _setting("nearest", "rounding", kinds.ROUNDING, "rounding of the rounded sites")
+    quantize: tuple[str, ...] = _setting(
+        ALL_SITES,
+        "rounding",
+        Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", kinds.sites),
+        f"the sites that are rounded; all is every one but {' and '.join(ADDED_SITES)}",
+        default_text="all",
+    )
+    site: tuple[str, ...] = _setting(
+        (),
+        "rounding",
+        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {', '.join(SITES)}", kinds.overrides),
+        "a site in a format of its own, e.g. accumulator=float16:stochastic; repeatable",
+        default_text="none",
+    )
+    layers: tuple[str, ...] | None = _setting(
+        None,
+        "rounding",
+        kinds.or_none(Kind("comma-separated name patterns, e.g. 'stage1.*,fc'", kinds.patterns)),
+        "round only the modules with these names",
+        default_text="every module",
+    )
+    rounding_seed: int | None = _setting(
+        None, "rounding", kinds.or_none(kinds.SEED), "noise of stochastic rounding alone", default_text="the seed"
+    )
+    overflow: str = _setting(
+        "saturate",
+        "rounding",
+        kinds.one_of(*(o.value for o in Overflow)),
+        "beyond the largest value; infinity: where it is",
+    )
+    loss_scale: float | str = _setting(
+        1.0,
+        "rounding",
+        Kind(f"{kinds.FACTOR.allowed}, or dynamic", kinds.loss_scale),
+        "factor on the loss, divided out of the gradients",
+    )
+    backend: str = _setting(
+        "auto",
+        "rounding",
+        kinds.one_of("auto", "eager", "fused", "qtorch"),
+        "rounding engine; qtorch runs qtorch itself",
+    )
+    output_dir: str = _setting("runs", "records", Kind("a folder", kinds.text), "where records go")
+    checkpoint_every: str = _setting(
+        "1m",
+        "records",
+        Kind("a number of epochs (5), or a time (90s, 10m, 2h)", kinds.interval),
+        "how often a checkpoint is written, beside the one at the end",
+    )
+    wandb: str = _setting(
+        "auto",
+        "records",
+        kinds.one_of("auto", "online", "offline", "disabled"),
+        "Weights & Biases; auto: WANDB_MODE, else online with an API key, else offline",
+    )
+    wandb_project: str | None = _setting(
+        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb project", default_text="low-precision-ml"
+    )
+    wandb_entity: str | None = _setting(
+        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb entity", default_text="wandb's own setting"
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (meant := _convert(f, value)) != value:
+                raise refused(f.name, value, f"{meant!r}; Config.make takes the other spellings too")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What single fields cannot say."""
+        spec = DATASETS[self.dataset]
+        if spec.own_split and self.test_split != Config.test_split:
+            raise refused("test_split", self.test_split, f"{self.dataset} has its own split ({spec.own_split})")
+        if not spec.own_split and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
+            rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
+            raise refused("test_split", self.test_split, rows)
+        if self.model_name in IMAGE_MODELS and len(spec.shape) != 3:
+            known = ", ".join(name for name in MODELS if name not in IMAGE_MODELS)
+            raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
+        if self.momentum and self.optimizer != "sgd":
+            raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
+        rules = self.rules()
+        if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
+            raise refused("site", "compensation", "one beside rounded weights, without an accumulator")
+        if self.overflow == "infinity":
+            for site, rule in rules.items():
+                if not rule.format.has_infinity:
+                    raise refused("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+        if self.backend == "qtorch":
+            self._check_qtorch(rules)
+
+    def _check_qtorch(self, rules: dict[str, Rule]) -> None:
+        others = "auto, eager, fused"
+        for site, rule in rules.items():
+            shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
+            fixed = not isinstance(rule.format, BlockFormat) and not rule.format.exponent_bits
+            if not (shared or fixed or rule.format.name in ("float8", "float16", "float32")):
+                raise refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
+            if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
+                raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
+        unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
+        if unknown:
+            lacks = "no dynamic loss scale, no choice of layers, no adamw, no compensation"
+            raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
+
+    @classmethod
+    def make(cls, **settings: Any) -> Config:
+        """A Config of settings by field name, each a value or a flag's text. An unknown name: ConfigError."""
+        known = {f.name: f for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ConfigError(f"setting {name!r}: unknown" + (f"; did you mean {near[0]}?" if near else ""))
+        return cls(**{name: _convert(known[name], value) for name, value in settings.items()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """ConfigError for what `make` does not take, ValueError for what is not JSON."""
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ConfigError("a config is a JSON object: settings by name")
+        return cls.make(**settings)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def resolved(self) -> Config:
+        """The same run with nothing left to defaults that depend on other settings."""
+        return replace(self, model=self.model_name, rounding_seed=self.noise_seed)
+
+    @property
+    def model_name(self) -> str:
+        return self.model or DATASETS[self.dataset].model
+
+    @property
+    def noise_seed(self) -> int:
+        return self.seed if self.rounding_seed is None else self.rounding_seed
+
+    def rules(self) -> dict[str, Rule]:
+        """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
+        base = format_named(self.precision)
+        found = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
+        for text in self.site:
+            site, rule = kinds.override(text, self.rounding)
+            found[site] = rule
+        # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
+        return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s in ADDED_SITES)}
+
+    @property
+    def label(self) -> str:
+        """DATASET-PRECISION-ROUNDING: the run's name but for its seed."""
+        rounding = self.rounding.replace(":", "-")  # no file system minds that
+        return "-".join([self.dataset, self.precision, *([rounding] if self.precision != FLOAT32.name else [])])
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """The same for runs that differ in their seeds alone."""
+        return f"{self.label}-{_digest(self._decisive() | {'seed': None, 'rounding_seed': None})}"
+
+    @property
+    def folder_name(self) -> str:
+        """NAME-HASH, the hash of all that decides the result."""
+        return f"{self.name}-{_digest(self._decisive())}"
+
+    def differences(self, other: Config) -> list[str]:
+        """The fields in which the two are different runs, each in one text: "--seed 42, not 43"."""
+        ours, theirs = self._decisive(), other._decisive()
+        names = [name for name in ours if ours[name] != theirs[name]]
+        if "rules" in names:
+            names += [name for name in RULES_FIELDS if getattr(self, name) != getattr(other, name)]
+        told = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
+        return [f"{flag(name)} {_given(getattr(self, name))}, not {_given(getattr(other, name))}" for name in told]
+
+    def _decisive(self) -> dict[str, Any]:
+        """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference."""
+        rules = self.rules()
+        own = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
+        for name in (*INDECISIVE, *RULES_FIELDS):
+            del own[name]
+        stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in rules.values())
+        return own | {
+            "rules": {site: str(rule) for site, rule in rules.items()},
+            "model": self.model_name,
+            "rounding_seed": self.noise_seed if stochastic else None,
+            "overflow": self.overflow if rules else None,
+            "layers": self.layers if rules else None,
+            "backend": "qtorch" if self.backend == "qtorch" and rules else None,  # our engines give the same bits
+        }
+
+
+def _convert(f: Field, value: Any) -> Any:
+    try:
+        return f.metadata["kind"].convert(value)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        raise refused(f.name, value, f.metadata["kind"].allowed) from None
+
+
+def refused(name: str, value: Any, allowed: str) -> ConfigError:
+    """What is wrong with a setting, in one line."""
+    return ConfigError(f"{flag(name)}: given {_given(value)}, allowed: {allowed}")
+
+
+def _given(value: Any) -> str:
+    return shown(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+def shown(given: str) -> str:
+    """A text that was given, on one line; in quotes where it would not be seen."""
+    return given if given and given.isprintable() and given == given.strip() else repr(given)
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,141 @@
+"""What a setting may be: each kind takes a flag's text or a value. No torch here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from low_precision.formats import (
+    ALL_SITES,
+    FORMAT_NAMES,
+    ROUNDING_NAMES,
+    SITES,
+    Rounding,
+    Rule,
+    format_named,
+    rounding_named,
+    rule_of,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting may be. `convert` takes a flag's text or a value, gives the value or raises ValueError."""
+
+    allowed: str
+    convert: Callable[[Any], Any]
+
+
+def whole(low: int, high: int | None = None) -> Kind:
+    def convert(value: Any) -> int:
+        n = int(value) if isinstance(value, str) else value
+        if isinstance(n, bool) or not isinstance(n, int) or n < low or (high and n > high):
+            raise ValueError
+        return n
+
+    return Kind(f"a whole number >= {low}" if high is None else f"a whole number, {low} .. {high}", convert)
+
+
+def number(allowed: str, inside: Callable[[float], bool]) -> Kind:
+    def convert(value: Any) -> float:
+        if isinstance(value, bool):
+            raise ValueError
+        x = float(value)
+        if not (math.isfinite(x) and inside(x)):
+            raise ValueError
+        return x
+
+    return Kind(allowed, convert)
+
+
+def one_of(*names: str) -> Kind:
+    def convert(value: Any) -> str:
+        if value not in names:
+            raise ValueError
+        return value
+
+    return Kind(", ".join(names), convert)
+
+
+def or_none(kind: Kind) -> Kind:
+    return Kind(kind.allowed, lambda value: None if value is None else kind.convert(value))
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def format_name(value: Any) -> str:
+    return format_named(text(value)).name
+
+
+def rounding_name(value: Any) -> str:
+    return str(rounding_named(text(value)))
+
+
+def loss_scale(value: Any) -> float | str:
+    return value if value == "dynamic" else FACTOR.convert(value)
+
+
+def sites(value: Any) -> tuple[str, ...]:
+    """The chosen sites in the order of SITES, from "all", "none", "weights,errors" or a sequence of names."""
+    if value in ("all", "none"):
+        return ALL_SITES if value == "all" else ()
+    chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    if not set(chosen) <= set(SITES) or len(set(chosen)) < len(chosen):
+        raise ValueError
+    return tuple(site for site in SITES if site in chosen)
+
+
+def overrides(value: Any) -> tuple[str, ...]:
+    """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    named = [override(given, Rounding.NEAREST.value)[0] for given in texts]
+    if len(set(named)) < len(named):
+        raise ValueError
+    return texts
+
+
+def override(given: str, rounding: str) -> tuple[str, Rule]:
+    """The site and its rule; `rounding` where it names none."""
+    site, equals, how = given.partition("=")
+    if site not in SITES or not equals:
+        raise ValueError
+    return site, rule_of(how, rounding)
+
+
+def patterns(value: Any) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) and pattern for pattern in chosen):
+        raise ValueError
+    return chosen
+
+
+def interval(value: Any) -> str:
+    """How often: "5" for epochs, "90s", "10m" or "2h"; see `epochs_or_seconds`."""
+    epochs_or_seconds(str(value))
+    return str(value)
+
+
+def epochs_or_seconds(every: str) -> tuple[int | None, float | None]:
+    """What an interval says: a number of epochs or one of seconds, the other None. ValueError for what is none."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", every)
+    if not match or float(match[1]) == 0 or ("." in match[1] and not match[2]):
+        raise ValueError
+    if not match[2]:
+        return int(match[1]), None
+    return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
+SEED = whole(0, 2**32 - 1)
+# Up to 1e30: float32 ends at 3.4e38, and beyond it torch fails instead of diverging.
+POSITIVE = number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
+NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
+FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
+FORMAT = Kind(FORMAT_NAMES, format_name)
