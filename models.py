@@ -1,4 +1,4 @@
-"""The models: plain PyTorch, knowing nothing of quantization. A new one is a function and a row of `BUILDERS`."""
+"""The models: plain PyTorch, knowing nothing of quantization. A new one is a function and a row of `MODELS`."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def resnet20(shape: tuple[int, ...], outputs: int) -> nn.Module:
     return ResNet20(shape[0], outputs)
 
 
-BUILDERS = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet20": resnet20}
+MODELS = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet20": resnet20}
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
     """A model for samples of that shape; its initial weights depend on the seed alone."""
     torch.manual_seed(seed)
-    return BUILDERS[name](shape, outputs)
+    return MODELS[name](shape, outputs)

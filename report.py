@@ -1,214 +1,204 @@
 """Records to tables and figures; trains nothing: `python report.py runs --metric testing_accuracy --figure out.png`.
 
 Runs that differ in their seeds alone are one setting. A table has a line for each setting: the median over its runs,
-and the 5th to the 95th percentile; and the mean difference to float32 in pairs of runs of the same seed, with its 95 %
-confidence interval (bootstrap of the pairs). A figure has a curve for each setting and, for several runs, where they
-end. A diverged run has no last value: it is counted, and left out.
+and the 5th to the 95th percentile; and the difference to float32 in pairs of runs of the same seed: its mean with the
+95 % confidence interval (bootstrap of the pairs), and its median. A figure has a row for each setting, where its runs
+end, and the curves of those that differ. A diverged run has no last value: it is counted, and left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import os
 import re
 import shlex
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from analysis import figures
+from analysis import figures, maps, tables
 from analysis import runs as records
 from analysis.runs import Run
+from low_precision.errors import nearest, shown
 from settings.config import ConfigError
+from settings.flags import Parser
 
-RESAMPLES = 9999  # of the bootstrap
-BLOCK = re.compile(r"^(<!-- report\.py ([^\n]*?) -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)  # of a README
+ROOT = Path(__file__).resolve().parent
+BLOCK = re.compile(r"^(<!-- report\.py ([^\n]*?) -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)  # of a page
+METRICS = ("testing_accuracy", "testing_mse", "testing_loss")  # in the absence of --metric, the first of the records'
+FIGURE_TYPES = (".png", ".svg")
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of their mean, by bootstrap (percentiles); the same numbers at each call.
+@dataclass(frozen=True)
+class Asked:
+    """The arguments, checked. metric: None for one of those that the records have; epochs: () for the last ones."""
 
-    None of fewer than two, or of equal ones, which say nothing of a spread.
+    paths: list[Path]
+    metric: str | None
+    epochs: tuple[int, ...]
+    figure: Path | None
+    map: Path | None
+    title: str
+    save: Path | None
+    output: Path | None
+    readme: list[Path]
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> Asked:
+        """ConfigError for what is not allowed."""
+        values = parser().values(argv)
+        epochs = _epochs(values.pop("at"))
+        for name in ("figure", "map"):
+            if values[name] and values[name].suffix not in FIGURE_TYPES:
+                raise ConfigError(f"--{name}", shown(values[name]), f"a name in {' or '.join(FIGURE_TYPES)}")
+        return cls(**values, epochs=epochs)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
+def parser() -> Parser:
+    made = Parser(prog="report.py", description=__doc__, allow_abbrev=False)
+    made.add_argument("paths", nargs="*", type=_path, help="record folders, folders of them, or CSV files of --save")
+    made.add_argument(
+        "--metric", help=f"of metrics.jsonl [default: the first that the records have of {', '.join(METRICS)}]"
+    )
+    made.add_argument("--at", help="comma-separated epochs of the table and of --save [default: last]")
+    made.add_argument("--figure", type=_path, help="a PNG or SVG file: where the settings end, and curves")
+    made.add_argument("--map", type=_path, help="a PNG or SVG file: the last value by exponent and mantissa bits")
+    made.add_argument("--title", default="", help="of the figure [default: data, model, and what is varied]")
+    made.add_argument("--save", type=_path, help="a CSV file of every run: all epochs, or those of --at")
+    made.add_argument("--output", type=_path, help="a folder for all of it: table, figures as PNG and SVG, runs")
+    made.add_argument(
+        "--readme",
+        type=_path,
+        action="append",
+        default=[],
+        help="a Markdown file, or a folder of them, whose blocks of this script are made anew; repeatable",
+    )
+    return made
+
+
+def _epochs(text: str | None) -> tuple[int, ...]:
+    words = [] if text is None else text.split(",")
+    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", word.strip()) for word in words):
+        raise ConfigError("--at", shown(text), "whole numbers >= 1, comma-separated")
+    return tuple(int(word) for word in words)
+
+
+def rewritten(text: str, folder: Path = ROOT) -> str:
+    """A page's text with each block `<!-- report.py ARGUMENTS -->` to `<!-- end -->` made anew.
+
+    Paths in blocks begin in the page's folder, or else in that of this script.
     """
-    import numpy as np
-    from scipy.stats import bootstrap
 
-    if len(set(differences)) < 2:
-        return None
-    found = bootstrap((differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def pairs(runs: Sequence[Run], baseline: Sequence[Run], metric: str, epoch: int | None = None) -> list[float]:
-    """What each run has more than the baseline's run of its seed."""
-    those = {run.seed: run.value(metric, epoch) for run in baseline}
-    both = [(run.value(metric, epoch), those.get(run.seed)) for run in runs]
-    return [a - b for a, b in both if a is not None and b is not None]
-
-
-def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None,)) -> list[list[str]]:
-    """Lines of cells, the first their heads: each setting's `metric` after each of `epochs` (None: the last)."""
-    percent = figures.is_percent(metric)
-    factor, unit = (100, " %") if percent else (1, "")
-
-    def shown(value: float) -> str:
-        return f"{factor * value:.2f}{unit}" if percent else f"{value:.4g}"
-
-    def change(value: float) -> str:
-        return f"{factor * value:+.2f}" if percent else f"{value:+.2g}"
-
-    groups = records.by_setting(runs)
-    baselines = {setting: groups.get(records.baseline_of(setting), []) for setting in groups}
-    compared = any(group is not baselines[setting] for setting, group in groups.items() if baselines[setting])
-    head = ["what is rounded", "runs", "epochs"]
-    for epoch in epochs:
-        head.append(metric.replace("_", " ") + (f", epoch {epoch}" if epoch else ""))
-        head += ["difference to float32" + (", points" if percent else "")] * compared
-    lines = [[*head, "time a run"]]
-    for setting, group in groups.items():
-        count = sorted({run.epochs for run in group})
-        cells = [setting, str(len(group)), "-".join(str(n) for n in sorted({count[0], count[-1]}))]
-        for epoch in epochs:
-            there = [value for run in group if (value := run.value(metric, epoch)) is not None]
-            text = shown(statistics.median(there)) if there else "-"
-            if len(set(there)) > 1:
-                text += f" ({' - '.join(map(shown, figures.band(there)))})"
-            diverged = sum(run.status == "diverged" and run.value(metric, epoch) is None for run in group)
-            if diverged:
-                text += f"; {diverged} diverged"
-            if other := len(group) - len(there) - diverged:
-                text += f"; {other} without a value there"
-            cells.append(text)
-            if compared:
-                found = [] if group is baselines[setting] else pairs(group, baselines[setting], metric, epoch)
-                text = change(statistics.fmean(found)) if found else "-"
-                if ends := interval(found):
-                    text += f" [{', '.join(map(change, ends))}]"
-                cells.append(text)
-        lines.append([*cells, _time(statistics.median(run.seconds for run in group))])
-    return lines
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.3g} min" if seconds >= 60 else f"{seconds:.2g} s"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(line)} |\n" for line in lines]
-    return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]])
-
-
-def _plain(paths: Sequence[Path]) -> list[list[str]] | None:
-    """The cells of one CSV file that holds no runs, as those of experiments/; None of anything else."""
-    if len(paths) != 1 or paths[0].suffix != ".csv":
-        return None
-    with open(paths[0], newline="") as file:
-        lines = [line for line in csv.reader(file) if line]
-    return None if not lines or lines[0][: len(records.COLUMNS)] == list(records.COLUMNS) else lines
-
-
-def rewritten(text: str, folder: Path) -> str:
-    """A README's text with each block `<!-- report.py ARGUMENTS -->` to `<!-- end -->` made anew; paths in `folder`."""
-
-    def block(found: re.Match[str]) -> str:
-        given = _parser().parse_args(shlex.split(found[2]))
-        return found[1] + _told([folder / path for path in given.paths], given)
+    def block(match: re.Match[str]) -> str:
+        asked = Asked.of(shlex.split(match[2]))
+        paths = [folder / path if (folder / path).exists() else ROOT / path for path in asked.paths]
+        return match[1] + _table_of(paths, asked)
 
     return BLOCK.sub(block, text)
 
 
-def _told(paths: list[Path], given: argparse.Namespace) -> str:
-    """The table in Markdown."""
-    if plain := _plain(paths):
-        return markdown(plain)
-    return markdown(table(_runs(paths, given.metric), given.metric, given.at or (None,)))
+def _rewrite(paths: Sequence[Path]) -> None:
+    """Make the blocks of these pages anew: of all of them, or of none where one block cannot be made."""
+    texts = {}
+    for path in paths:
+        old = path.read_text()
+        try:
+            new = rewritten(old, path.parent)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        if new != old:
+            texts[path] = new
+    for path, text in texts.items():
+        records.write(path, text)
 
 
-def _runs(paths: Sequence[Path], metric: str) -> list[Run]:
-    runs = records.read(paths)
-    if not runs:
-        raise ValueError(f"{', '.join(map(str, paths)) or 'paths: none given'}: no record there, nor a CSV file")
-    if metric not in (known := records.metrics(runs)):
-        raise ValueError(f"--metric: given {metric}, allowed here: {', '.join(known)}")
-    return runs
+def pages(paths: Sequence[Path]) -> list[Path]:
+    """These files, and the *.md of these folders. ConfigError for a folder that has none."""
+    inside = {path: sorted(path.glob("*.md")) for path in paths if path.is_dir()}
+    for path, texts in inside.items():
+        if not texts:
+            raise ConfigError("--readme", shown(path), "a Markdown file, or a folder of them")
+    return [page for path in paths for page in inside.get(path, [path])]
 
 
-def _epochs(text: str) -> list[int]:
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"given {text}, allowed: whole numbers >= 1, comma-separated")
-    return found
+def _table_of(paths: Sequence[Path], asked: Asked) -> str:
+    """The table in Markdown: of runs, or of the cells of a CSV file that holds none, as those of experiments/."""
+    if len(paths) == 1 and paths[0].suffix == ".csv" and not records.holds_runs(paths[0]):
+        with open(paths[0], newline="") as file:
+            if lines := [line for line in csv.reader(file) if line]:
+                return tables.markdown(lines)
+    runs = _runs(paths)
+    return tables.markdown(tables.table(runs, _metric(runs, asked.metric), asked.epochs or (None,)))
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("paths", nargs="*", type=Path, help="record folders, folders of them, or CSV files of --save")
-    parser.add_argument("--metric", default="testing_accuracy", help="of metrics.jsonl [default: testing_accuracy]")
-    parser.add_argument("--at", type=_epochs, help="comma-separated epochs of the table and of --save [default: last]")
-    parser.add_argument("--figure", type=Path, help="a PNG or SVG file: its curves, and where they end")
-    parser.add_argument("--map", type=Path, help="a PNG or SVG file: its last value by exponent and mantissa bits")
-    parser.add_argument("--title", default="", help="of the figure")
-    parser.add_argument("--save", type=Path, help="a CSV file of every run: all epochs, or those of --at")
-    parser.add_argument("--output", type=Path, help="a folder for all of it: table, figures as PNG and SVG, runs")
-    parser.add_argument("--readme", type=Path, help="a Markdown file whose blocks of this script are made anew")
-    return parser
+def _runs(paths: Sequence[Path]) -> list[Run]:
+    """What the paths hold; a line on stderr counts the runs that are left out."""
+    if not paths:
+        raise ConfigError("paths", "none", "record folders, folders of them, or CSV files of --save")
+    read = records.read(paths)
+    if not read.runs:
+        others = f" ({_left_out(read.left_out)})" if read.left_out else ""
+        raise ValueError(f"{', '.join(map(str, paths))}: no record of a run that ended there, nor a CSV file{others}")
+    if read.left_out:
+        print(_left_out(read.left_out), file=sys.stderr)
+    return read.runs
 
 
-def _report(given: argparse.Namespace) -> None:
-    """Everything that the arguments ask for, but README's blocks: the records are read once."""
-    for name in ("figure", "map"):
-        path = getattr(given, name)
-        if path and path.suffix not in (".png", ".svg"):
-            raise ValueError(f"--{name}: given {path}, allowed: a name in .png or .svg")
-    if not any((given.save, given.figure, given.map, given.output)):
-        print(_told(given.paths, given), end="")
+def _left_out(counts: Counter[str]) -> str:
+    return "left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def _metric(runs: Sequence[Run], name: str | None) -> str:
+    known = records.metrics_of(runs)
+    if not known:
+        raise ValueError("the runs have no metric: each of them ended before its first epoch did")
+    if name is None:
+        return next((metric for metric in METRICS if metric in known), known[-1])
+    if name not in known:
+        raise ConfigError("--metric", shown(name), ", ".join(known), nearest(name, known))
+    return name
+
+
+def _report(asked: Asked) -> None:
+    """Everything that the arguments ask for, but the pages' blocks: the records are read once."""
+    if not any((asked.save, asked.figure, asked.map, asked.output)):
+        print(_table_of(asked.paths, asked), end="")
         return
-    runs, epochs = _runs(given.paths, given.metric), given.at or ()
-    mapped = figures.has_bit_widths(runs, given.metric, epochs)
-    if given.map and not mapped:
-        raise ValueError("--map: given no run in a format eXmY with a value there, allowed: at least one")
-    lines = table(runs, given.metric, epochs or (None,))
-    drawn: list[tuple[Callable, Path]] = []
-    if given.figure:
-        drawn.append((figures.curves, given.figure))
-    if given.map:
-        drawn.append((figures.bit_widths, given.map))
-    if given.output:
-        kinds = [(figures.curves, "curves")] + [(figures.bit_widths, "map")] * mapped
-        drawn += [(draw, given.output / f"{name}.{end}") for draw, name in kinds for end in ("png", "svg")]
-        given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / "table.md").write_text(markdown(lines))
-        with open(given.output / "table.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-        records.save(runs, given.output / "runs.csv", epochs)
-    print(markdown(lines), end="")
-    if given.save:
-        records.save(runs, given.save, epochs)
-    for draw, path in drawn:
-        draw(runs, given.metric, path, given.title, epochs)
+    runs = _runs(asked.paths)
+    metric, epochs = _metric(runs, asked.metric), asked.epochs
+    mapped = maps.has_bit_widths(runs, metric, epochs)
+    if asked.map and not mapped:
+        raise ConfigError("--map", "no run in a format eXmY with a value there", "at least one")
+    text = tables.markdown(tables.table(runs, metric, epochs or (None,)))
+    print(text, end="")
+    if asked.save:
+        records.save(runs, asked.save, epochs)
+    if asked.output:
+        records.write(asked.output / "table.md", text)
+        records.write(asked.output / "table.csv", tables.numbers(runs, metric, epochs or (None,)))
+        records.save(runs, asked.output / "runs.csv", epochs)
+    ends = [asked.output / f"curves{suffix}" for suffix in FIGURE_TYPES] if asked.output else []
+    for path in [*([asked.figure] if asked.figure else []), *ends]:
+        figures.curves(runs, metric, path, asked.title, epochs)
+    places = [asked.output / f"map{suffix}" for suffix in FIGURE_TYPES] if asked.output and mapped else []
+    for path in [*([asked.map] if asked.map else []), *places]:
+        maps.bit_widths(runs, metric, path, asked.title, epochs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        given = _parser().parse_args(argv)
-        if given.paths or not given.readme:
-            _report(given)
-        if given.readme:  # last, as its blocks may show what was just saved
-            given.readme.write_text(rewritten(given.readme.read_text(), given.readme.parent))
+        asked = Asked.of(sys.argv[1:] if argv is None else argv)
+        if asked.paths or not asked.readme:
+            _report(asked)
+        _rewrite(pages(asked.readme))  # last: blocks may show what was just saved
     except (ConfigError, OSError, ValueError, KeyError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
+        print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,12 +1,13 @@
 """Every figure and table of README from its commands: `python reproduce.py boston`, or `python reproduce.py all`.
 
 Without a section it lists them, with the time that each took on two cores and the commands that it runs. Records go to
-runs/, and what is complete there is not run again; results/, images/ and README's tables are then made anew.
+runs/, and what is complete there is not run again; results/, images/ and the pages' tables are then made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-PYTHON = "python "  # how each command begins: README's and this list's; run by the Python that runs this
-REPORT = "python report.py --readme README.md"
+from lab.console import command
+from low_precision.errors import SettingError, nearest, shown
+
+ROOT = Path(__file__).resolve().parent  # where the commands run
+PYTHON = "python "  # how each command begins in this file; it is run, and printed, with the Python that runs this
+REPORT = "python report.py --readme README.md --readme docs"
 
 
 # On two cores of an AMD EPYC, where other work ran beside most of them; of cifar10, the sum of its runs, two at a time.
@@ -45,9 +49,10 @@ class Section:
     commands: tuple[str, ...]
 
 
-def regression(dataset: str, batch: int, title: str) -> Section:
+def regression(dataset: str, batch: int) -> Section:
     """Everything rounded, 100 seeds, 500 epochs (whose first 30 are those of a run of 30)."""
     folder = f"runs/{dataset}"
+    title = f"{dataset}, linear regression: testing MSE by format and rounding of every number"
     common = f"python sweep.py --dataset {dataset} --epochs 500 --batch-size {batch} --seed 0:100 --output-dir {folder}"
     return Section(
         f"{dataset}: everything rounded, 100 seeds, 30 and 500 epochs",
@@ -77,9 +82,9 @@ CIFAR10 = (
 SECTIONS = {
     "single": table("single", "the fifteen experiments, seed 42"),
     "published": table("published", "the same beside the published results"),
-    "toy": regression("toy", 32, "toy, linear regression: every number rounded"),
-    "boston": regression("boston", 512, "boston, linear regression: every number rounded"),
-    "diabetes": regression("diabetes", 512, "diabetes, linear regression: every number rounded"),
+    "toy": regression("toy", 32),
+    "boston": regression("boston", 512),
+    "diabetes": regression("diabetes", 512),
     "bit-widths": Section(
         "a map of formats: 2 to 8 exponent bits, 0 to 10 mantissa bits, 20 seeds",
         MINUTES["bit-widths"],
@@ -89,7 +94,7 @@ SECTIONS = {
             " --output-dir runs/bit-widths",
             "python report.py runs/bit-widths --metric testing_mse --at 30 --save results/bit_widths.csv"
             " --map images/bit_widths.png"
-            " --title 'boston after 30 epochs: testing MSE by format'",
+            " --title 'boston, linear regression, 30 epochs: testing MSE by the bits of every number'",
         ),
     ),
     "sums": experiment("sums", "error growth of sums (Connolly et al. 2021)"),
@@ -111,7 +116,7 @@ SECTIONS = {
             f"{CIFAR10} --recipe ocp-fp8,bfloat16,bfloat16-stochastic,swalp",
             "python report.py runs/cifar10 --metric testing_accuracy --save results/cifar10.csv"
             " --figure images/cifar10_results.png"
-            " --title 'CIFAR-10, ResNet-20, 15 epochs one-cycle: testing accuracy'",
+            " --title 'CIFAR-10, ResNet-20, 15 epochs: testing accuracy by what is rounded'",
         ),
     ),
 }
@@ -119,32 +124,43 @@ SECTIONS = {
 
 def listing() -> str:
     lines = ["Sections (minutes on two cores), or: all"]
+    if Path.cwd() != ROOT:
+        lines.append(f"\nfirst:\n  cd {shlex.quote(str(ROOT))}")
     for name, section in SECTIONS.items():
         lines.append(f"\n{name} ({section.minutes:g} min): {section.about}")
-        lines += [f"  {command}" for command in section.commands]
-    return "\n".join([*lines, f"\nafter each:\n  {REPORT}"])
+        lines += [f"  {printed(text)}" for text in section.commands]
+    return "\n".join([*lines, f"\nafter each:\n  {printed(REPORT)}"])
 
 
-def run(command: str) -> int:
-    print(f"+ {command}", flush=True)
-    return subprocess.run([sys.executable, *shlex.split(command.removeprefix(PYTHON))], cwd=ROOT).returncode
+def printed(text: str) -> str:
+    """A command of this file as a shell takes it in ROOT."""
+    with contextlib.chdir(ROOT):
+        return command(*shlex.split(text.removeprefix(PYTHON)))
+
+
+def run(text: str) -> int:
+    print(f"+ {printed(text)}", flush=True)
+    return subprocess.run([sys.executable, *shlex.split(text.removeprefix(PYTHON))], cwd=ROOT).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}, or all")
     known, flags = parser.parse_known_args(argv)
-    given = known.sections + flags
-    if unknown := [name for name in given if name not in (*SECTIONS, "all")]:
-        print(f"reproduce.py: error: given {unknown[0]}, allowed: {', '.join(SECTIONS)}, all", file=sys.stderr)
+    names = known.sections + flags
+    if unknown := [name for name in names if name not in (*SECTIONS, "all")]:
+        allowed = [*SECTIONS, "all"]
+        error = SettingError(None, shown(unknown[0]), ", ".join(allowed), nearest(unknown[0], allowed))
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 2
-    if not given:
+    if not names:
         print(listing())
-    for name in SECTIONS if "all" in given else given:
+    for name in SECTIONS if "all" in names else names:
         started = time.monotonic()
-        for command in (*SECTIONS[name].commands, REPORT):
-            if status := run(command):
-                print(f"reproduce.py: {name} ended with {status}: the same command goes on", file=sys.stderr)
+        for text in (*SECTIONS[name].commands, REPORT):
+            if status := run(text):
+                again = command("reproduce.py", name)
+                print(f"reproduce.py: {name} ended with {status}; to go on: {again}", file=sys.stderr)
                 return status
         print(f"{name}: {(time.monotonic() - started) / 60:.1f} min", flush=True)
     return 0

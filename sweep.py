@@ -14,76 +14,77 @@ import argparse
 import itertools
 import os
 import re
-import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import main as single
-from lab import console
-from lab import record as track
+from lab.console import command, say
+from lab.record import CHECKPOINTS, REPLACING, status, unfinished
+from low_precision.errors import nearest, shown
 from settings.config import Config, ConfigError, flag, refused
+from settings.flags import TABLES, flags_of, parser
 from settings.recipes import with_recipe
 
 LISTS = ("quantize", "layers", "site")  # whose values have commas themselves: there, a semicolon is between two values
 CLUSTERS = ("ray",)
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 def grid(argv: Sequence[str]) -> tuple[list[Config], argparse.Namespace]:
     """The runs that the arguments ask for, each once, and the sweep's own settings."""
-    parser = single.parser()
-    parser.prog, parser.description, parser.epilog = "sweep.py", __doc__, None
-    parser.add_argument("file", nargs="?", help="a YAML file in the form of wandb's sweeps; flags win over it")
-    parser.add_argument("--jobs", default="-1", help="runs at a time [default: one for each core]")
-    parser.add_argument("--cluster", help="ray: on a Ray cluster [default: processes of this machine]")
-    given = vars(parser.parse_args(argv))
-    for name in ("resume", "list_formats", "list_recipes"):
-        if given.pop(name, None):
-            raise ConfigError(f"{flag(name)}: allowed: with main.py")
-    own = argparse.Namespace(jobs=_jobs(given.pop("jobs")), cluster=given.pop("cluster", None))
-    own.debug = given.pop("debug", False)
-    if own.cluster not in (None, *CLUSTERS):
-        raise refused("cluster", own.cluster, ", ".join(CLUSTERS))
-    file = given.pop("file", None)
-    choices = _from_file(Path(file)) if file else {}
-    choices |= {name: _values(name, text) for name, text in given.items()}
+    flags = parser()
+    flags.prog, flags.description, flags.epilog = "sweep.py", __doc__, None
+    flags.add_argument("file", nargs="?", help="a YAML file in the form of wandb's sweeps; flags win over it")
+    flags.add_argument("--jobs", default="-1", help="runs at a time [default: one for each core]")
+    flags.add_argument("--cluster", help="ray: on a Ray cluster [default: processes of this machine]")
+    settings = flags.values(argv)
+    for name in ("resume", *TABLES):
+        if settings.pop(name, None):
+            raise ConfigError(flag(name), "it", "with main.py alone")
+    sweep = argparse.Namespace(jobs=_jobs(settings.pop("jobs")), cluster=settings.pop("cluster", None))
+    sweep.debug = settings.pop("debug", False)
+    if sweep.cluster not in (None, *CLUSTERS):
+        raise refused("cluster", sweep.cluster, ", ".join(CLUSTERS), nearest(sweep.cluster, CLUSTERS))
+    file = settings.pop("file", None)
+    choices = _from_file(Path(file).expanduser()) if file else {}
+    choices |= {name: _values(name, text) for name, text in settings.items()}
     choices.setdefault("wandb", ["disabled"])
     runs: dict[str, Config] = {}
     for values in itertools.product(*choices.values()):
-        settings = {name: value for name, value in zip(choices, values, strict=True) if value is not None}
-        config = Config.make(**with_recipe(settings.pop("recipe", None), settings)).resolved()
+        chosen = {name: value for name, value in zip(choices, values, strict=True) if value is not None}
+        config = Config.make(**with_recipe(chosen.pop("recipe", None), chosen)).resolved()
         runs.setdefault(config.folder_name, config)  # combinations that differ in nothing that matters are one run
-    return list(runs.values()), own
+    return list(runs.values()), sweep
 
 
-def _jobs(given: str) -> int:
+def _jobs(text: str) -> int:
     with suppress(ValueError):
-        if int(given) == -1 or int(given) > 0:
-            return int(given)
-    raise refused("jobs", given, "a whole number >= 1, or -1 for one a core")
+        if int(text) == -1 or int(text) > 0:
+            return int(text)
+    raise refused("jobs", text, "a whole number >= 1, or -1 for one a core")
 
 
-def _values(name: str, given: str | list[str]) -> list[Any]:
+def _values(name: str, value: str | list[str]) -> list[Any]:
     """Several values of a flag: "1,2,3", "0:100" (0 to 99) or "0:100:10" for whole numbers, ";" between lists."""
     if name in LISTS:
-        texts = [text for part in ([given] if isinstance(given, str) else given) for text in part.split(";")]
+        texts = [text for part in ([value] if isinstance(value, str) else value) for text in part.split(";")]
         return [tuple(text.split(",")) if name == "site" and text else text or () for text in texts]
-    found: list[Any] = []
-    for text in given.split(","):
+    values: list[Any] = []
+    for text in value.split(","):
         if match := re.fullmatch(r"(\d+):(\d+)(?::([1-9]\d*))?", text):
             start, stop, step = int(match[1]), int(match[2]), int(match[3] or 1)
             if start >= stop:
                 raise refused(name, text, "START:STOP or START:STOP:STEP, START below STOP")
-            found += range(start, stop, step)
+            values += range(start, stop, step)
         else:
-            found.append(text)
-    return found
+            values.append(text)
+    return values
 
 
 def _from_file(path: Path) -> dict[str, list[Any]]:
@@ -91,25 +92,26 @@ def _from_file(path: Path) -> dict[str, list[Any]]:
     import yaml
 
     try:
-        read = yaml.safe_load(path.read_text())
-        if not isinstance(read, dict) or read.get("method", "grid") != "grid":
+        sweep = yaml.safe_load(path.read_text())
+        if not isinstance(sweep, dict) or sweep.get("method", "grid") != "grid":
             raise ValueError("its method is not grid")
-        parameters = read["parameters"]
-        found = {}
-        for name, choice in parameters.items():
-            found[name.replace("-", "_")] = list(choice["values"]) if "values" in choice else [choice["value"]]
+        choices = {
+            name.replace("-", "_"): list(choice["values"]) if "values" in choice else [choice["value"]]
+            for name, choice in sweep["parameters"].items()
+        }
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(None, f"{path} ({error.strerror})", "a file that can be read") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         form = "method: grid, parameters: {NAME: {values: [...]} or {value: ...}}"
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; allowed: {form}") from None
+        raise ConfigError(None, f"{path} ({' '.join(str(error).split())})", form) from None
     known = {f.name for f in fields(Config)} | {"recipe"}
-    if unknown := sorted(set(found) - known):
-        raise ConfigError(f"{path}: parameter {unknown[0]!r}, allowed: the flags of main.py")
-    return found
+    if unknown := sorted(set(choices) - known):
+        what = f"the parameter {shown(unknown[0])} in {path}"
+        raise ConfigError(None, what, "the flags of main.py", nearest(unknown[0], known))
+    return choices
 
 
-def run_one(settings: dict[str, Any], command: str, place: str, imports: list[str]) -> tuple[str, str | None]:
+def run_one(settings: dict[str, Any], started_by: str, place: str, imports: list[str]) -> tuple[str, str | None]:
     """One run, in a process of the pool -> its name, and what went wrong.
 
     place, imports: the sweep's own folder and sys.path, as a cluster's processes may have been started elsewhere.
@@ -123,23 +125,12 @@ def run_one(settings: dict[str, Any], command: str, place: str, imports: list[st
     torch.set_num_threads(1)  # a process has a core of its own
     config = Config.make(**settings)
     try:
-        unfinished = [folder for folder, _ in track.unfinished(config.output_dir, config.folder_name)]
-        resume = next((folder for folder in unfinished if any((folder / c).exists() for c in track.CHECKPOINTS)), None)
-        train.run(config, command, resume, quiet=True)
+        folders = [folder for folder, _ in unfinished(config.output_dir, config.folder_name)]
+        resume = next((folder for folder in folders if any((folder / c).exists() for c in CHECKPOINTS)), None)
+        train.run(config, started_by, resume, quiet=True)
     except Exception as error:
         return config.folder_name, " ".join(str(error).split()) or type(error).__name__
     return config.folder_name, None
-
-
-def command_of(config: Config) -> str:
-    """The command line of this run alone."""
-    words = ["python", "main.py"]
-    for f in fields(Config):
-        value = getattr(config, f.name)
-        if value != f.default:
-            for text in value if f.name == "site" else [",".join(value) if isinstance(value, tuple) else value]:
-                words += [flag(f.name), str(text)]
-    return shlex.join(words)
 
 
 @contextmanager
@@ -154,7 +145,7 @@ def backend(cluster: str | None) -> Iterator[None]:
         import ray
         from ray.util.joblib import register_ray
     except ImportError:
-        raise refused("cluster", "ray", "that after pip install -r requirements-cluster.txt") from None
+        raise refused("cluster", "ray", "ray after pip install -r requirements-cluster.txt") from None
     register_ray()
     # The cluster of RAY_ADDRESS, or one that runs here already, or a new one on this machine's cores.
     ray.init(log_to_driver=False, logging_level="error", namespace="low_precision_ml")
@@ -170,50 +161,67 @@ def run(configs: Iterable[Config], jobs: int, cluster: str | None = None) -> dic
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
-    todo = [c for c in configs if track.status(Path(c.output_dir) / c.folder_name) not in track.REPLACING]
-    tasks = (delayed(run_one)(asdict(config), command_of(config), os.getcwd(), sys.path) for config in todo)
+    todo = [c for c in configs if status(Path(c.output_dir) / c.folder_name) not in REPLACING]
+    tasks = (
+        delayed(run_one)(asdict(config), command("main.py", *flags_of(config)), os.getcwd(), sys.path)
+        for config in todo
+    )
     bar = tqdm(total=len(todo), unit="run", desc="sweep", disable=None)
 
-    class Shown(Parallel):
+    class Counted(Parallel):
         """Each of joblib's backends calls this at the end of a run; not each gives results before the last one."""
-
-        said = time.monotonic()
 
         def print_progress(self) -> None:
             bar.update(self.n_completed_tasks - bar.n)
-            if bar.disable and time.monotonic() - self.said > LINE_SECONDS:
-                console.say(f"{self.n_completed_tasks} of {len(todo)} runs")
-                self.said = time.monotonic()
 
     with backend(cluster), bar:
-        results = Shown(n_jobs=jobs)(tasks)
+        parallel = Counted(n_jobs=jobs)
+        with _lines(lambda: f"{parallel.n_completed_tasks} of {len(todo)} runs", bar.disable):
+            results = parallel(tasks)
     return {name: wrong for name, wrong in results if wrong}
+
+
+@contextmanager
+def _lines(line: Callable[[], str], wanted: bool) -> Iterator[None]:
+    """Where lines are wanted, as there is no terminal: one every half minute, however long a run takes."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(LINE_SECONDS):
+            say(line())
+
+    if wanted:
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        configs, own = grid(sys.argv[1:] if argv is None else argv)
+        configs, sweep = grid(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        console.say(f"sweep.py: error: {error}")
+        say(f"sweep.py: error: {error}")
         return 2
     started = time.monotonic()
     try:
-        failures = run(configs, own.jobs, own.cluster)
+        failures = run(configs, sweep.jobs, sweep.cluster)
     except ConfigError as error:
-        console.say(f"sweep.py: error: {error}")
+        say(f"sweep.py: error: {error}")
         return 2
     except Exception as error:  # of the pool itself, as a worker killed for its memory; a run's own are in `failures`
-        if own.debug:
+        if sweep.debug:
             raise
-        console.say(f"stopped: {' '.join(str(error).split()) or type(error).__name__}: the same command goes on")
+        say(f"stopped: {' '.join(str(error).split()) or type(error).__name__}: the same command goes on")
         return 1
     except KeyboardInterrupt:
-        console.say("interrupted: the same command goes on")
+        say("interrupted: the same command goes on")
         return 128 + signal.SIGINT
     for name, wrong in failures.items():
-        console.say(f"failed: {name}: {wrong}")
-    statuses = [track.status(Path(c.output_dir) / c.folder_name) for c in configs]
-    counts = ", ".join(f"{statuses.count(status)} {status}" for status in ("complete", "diverged"))
+        say(f"failed: {name}: {wrong}")
+    statuses = [status(Path(c.output_dir) / c.folder_name) for c in configs]
+    counts = ", ".join(f"{statuses.count(ended)} {ended}" for ended in REPLACING)
     print(f"{len(configs)} runs: {counts}, {len(failures)} failed; {time.monotonic() - started:.1f} s")
     return 1 if failures else 0
 

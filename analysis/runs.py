@@ -1,35 +1,55 @@
-"""The runs of record folders, or of CSV files made of them: what was rounded, and every metric by epoch."""
+"""The runs of record folders, or of CSV files made of them: what was run, and every metric by epoch.
+
+A run carries its Config. Runs that differ in their seeds alone are one `Setting`. Settings are compared by their rules
+and the other fields of their Configs; the name that people read (`names`) is made last, and never read back.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
+import io
 import itertools
 import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lab import record as track
-from low_precision.formats import ADDED_SITES, ALL_SITES, FLOAT32, Rule, format_named, rounding_named
-from settings.config import Config, flag
+from lab.record import REPLACING, status, write_whole
+from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
+from low_precision.rounding import FewBits, Rounding
+from low_precision.rules import ADDED_SITES, ALL_SITES, Rule
+from settings.config import INDECISIVE, Config, flag
+from settings.flags import config_of, flags_of
 
-COLUMNS = ("setting", "seed", "rounding_seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
-# What float32 must have alike to be a setting's baseline. An average of weights adds metrics, and changes no other.
-TRAINING_FLAGS = {flag(f.name) for f in fields(Config) if f.metadata["group"] != "rounding"} - {"--average-last"}
+COLUMNS = ("flags", "seed", "rounding_seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
+NOT_IN_FLAGS = ("seed", "rounding_seed", *INDECISIVE)  # the seeds have columns, the others decide no result
+ROUNDING_FIELDS = [f.name for f in fields(Config) if f.metadata["group"] == "rounding"]
+# An average of weights adds metrics and changes no other, so a float32 run without one is a baseline all the same.
+TRAINING_FIELDS = [
+    f.name
+    for f in fields(Config)
+    if f.name not in (*ROUNDING_FIELDS, *NOT_IN_FLAGS, "average_last") and f.metadata["group"] != "records"
+]
+UNROUNDED = Rule(FLOAT32, Rounding.NEAREST)
 
 
 @dataclass(frozen=True)
 class Run:
     """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None."""
 
-    setting: str
-    seed: int
+    config: Config
     status: str
     seconds: float
     history: list[dict[str, float | None]]
-    rounding_seed: int | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
 
     def value(self, metric: str, epoch: int | None = None) -> float | None:
         """After that epoch, or the last one -> None where there is none, as of a diverged run."""
@@ -42,132 +62,257 @@ class Run:
         return int(self.history[-1]["epoch"]) if self.history else 0
 
 
-def setting_of(config: Config) -> str:
-    """What is rounded, in a few words: "float8 stochastic; accumulator float16 stochastic"."""
-    rules = config.rules()
-    if not rules:
-        return FLOAT32.name
-    base = Rule(format_named(config.precision), rounding_named(config.rounding))
-    words = [str(base).replace(":", " ", 1)]
-    if base.format == FLOAT32:
-        words = []
-    elif left := [site for site in ALL_SITES if site not in rules]:
-        kept = [site for site in ALL_SITES if rules.get(site) == base]
-        words = [f"{words[0]} {', '.join(kept)}"] if len(kept) < len(left) else [*words, f"{', '.join(left)} float32"]
-    others = [(str(rule), site) for site, rule in rules.items() if rule != base or site in ADDED_SITES]
-    for rule, sites in itertools.groupby(sorted(others, key=lambda pair: pair[0]), key=lambda pair: pair[0]):
-        words.append(f"{', '.join(site for _, site in sites)} {rule.replace(':', ' ', 1)}")
-    return "; ".join(words)
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seeds alone, at least one. config: that of the first one, whose seeds mean nothing."""
+
+    config: Config
+    runs: tuple[Run, ...]
+
+    @functools.cached_property
+    def rules(self) -> dict[str, Rule]:
+        return self.config.rules()
+
+    def values(self, metric: str, epoch: int | None = None) -> list[float]:
+        """Those of its runs, where there is one."""
+        return [value for run in self.runs if (value := run.value(metric, epoch)) is not None]
+
+    @property
+    def epochs(self) -> int:
+        """The last one of its longest run."""
+        return max(run.epochs for run in self.runs)
 
 
-def read(paths: Iterable[Path]) -> list[Run]:
-    """The runs of record folders, of folders of them, and of CSV files that `save` wrote; of one setting side by side.
+@dataclass(frozen=True)
+class Records:
+    """runs: those that ended by themselves, complete or diverged, each once. left_out: the number of others, by why."""
 
-    Runs that are still going on, were interrupted or failed are left out; diverged ones are results.
-    OSError, ValueError, KeyError or ConfigError for what is none of these.
+    runs: list[Run]
+    left_out: Counter[str]
+
+
+def read(paths: Iterable[Path]) -> Records:
+    """The runs of record folders, of folders of them, and of CSV files that `save` wrote.
+
+    OSError, ValueError or KeyError for what is none of these.
     """
-    runs: list[Run] = []
-    folders: list[Path] = []
+    runs: dict[str, Run] = {}
+    left_out: Counter[str] = Counter()
     for path in paths:
-        if path.suffix == ".csv":
-            found = list(_from_csv(path))
-            if both := {run.setting for run in runs} & {run.setting for run in found}:
-                raise ValueError(f"{path}: {min(both)!r} is in another file too, and what they differ in is not known")
-            runs += found
+        for run in _from_csv(path) if path.suffix == ".csv" else _from_folder(path, left_out):
+            if run.config.folder_name in runs:
+                left_out["read already"] += 1
+            else:
+                runs[run.config.folder_name] = run
+    return Records(list(runs.values()), left_out)
+
+
+def _from_folder(path: Path, left_out: Counter[str]) -> Iterator[Run]:
+    folders = [path] if (path / "config.json").exists() else [p.parent for p in sorted(path.glob("*/config.json"))]
+    for folder in folders:
+        ended = status(folder)
+        if ended in REPLACING:
+            yield _from_record(folder)
         else:
-            folders += [path] if (path / "config.json").exists() else [p.parent for p in path.glob("*/config.json")]
-    ended = [folder for folder in folders if track.status(folder) in track.REPLACING]
-    configs = {folder: Config.from_json((folder / "config.json").read_text()) for folder in ended}
-    ordered = sorted(configs, key=lambda f: (configs[f].group, configs[f].seed, configs[f].noise_seed))
-    names = _names([configs[folder] for folder in ordered])
-    runs += [_from_record(folder, name) for folder, name in zip(ordered, names, strict=True)]
-    return sorted(runs, key=lambda run: run.setting != baseline_of(run.setting))  # the baseline first
+            left_out[ended or "going on or killed"] += 1
 
 
-def _names(configs: list[Config]) -> list[str]:
-    """Settings by name: what is rounded, and the flags in which the runs differ beside it.
+def _from_record(folder: Path) -> Run:
+    try:
+        config = Config.from_json((folder / "config.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return Run(config, summary["status"], summary["seconds"], history)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: no whole record: {' '.join(str(error).split())}") from None
 
-    A flag of training or data in which any two runs differ is in every name, so "float32 --dataset boston" is the
+
+def holds_runs(path: Path) -> bool:
+    """Whether a CSV file looks like one of `save`, of this version or an earlier one."""
+    with open(path, newline="") as file:
+        return {"seed", "status", "epoch"} <= set(next(csv.reader(file), ()))
+
+
+def _from_csv(path: Path) -> Iterator[Run]:
+    """ValueError for what `save` did not write."""
+    key_columns = COLUMNS[:-1]
+    parsed = functools.cache(lambda flags: config_of(shlex.split(flags)))
+    with open(path, newline="") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ())[: len(COLUMNS)] != COLUMNS:
+            raise ValueError(f"{path}: no file of --save, whose columns begin with {', '.join(COLUMNS)}")
+        for key, rows in itertools.groupby(table, key=lambda row: tuple(row[name] for name in key_columns)):
+            try:
+                flags, seed, rounding_seed, ended, seconds = key
+                noise = int(rounding_seed) if rounding_seed else None
+                config = replace(parsed(flags), seed=int(seed), rounding_seed=noise)
+                lines = [{name: float(v) for name, v in row.items() if v and name not in key_columns} for row in rows]
+                yield Run(config, ended, float(seconds), [line for line in lines if "epoch" in line])
+            except (TypeError, ValueError, AttributeError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{path}: line {table.line_num} is no line of --save: {reason}") from None
+
+
+def save(runs: Sequence[Run], path: Path, epochs: Collection[int] = ()) -> None:
+    """A CSV file with a line for each epoch of each run, or for these epochs: small enough to keep beside the code."""
+    metrics = list(dict.fromkeys(name for run in runs for line in run.history for name in line if name != "epoch"))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*COLUMNS, *metrics])
+    for run in runs:
+        kept = [line for line in run.history if not epochs or line["epoch"] in epochs]
+        for line in kept or [{}]:  # a run that diverged before them is still a run
+            values = [None if line.get(name) is None else f"{line[name]:.6g}" for name in metrics]
+            epoch = int(line["epoch"]) if line else None
+            seeds = run.config.seed, run.config.rounding_seed
+            rows.writerow([flags_text(run.config), *seeds, run.status, f"{run.seconds:.4g}", epoch, *values])
+    write(path, text.getvalue())
+
+
+def write(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all, with the folders above it; through a link, and into what is no plain file."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # such as /dev/stdout, which nothing may replace
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    else:
+        write_whole(path, data)
+
+
+def flags_text(config: Config) -> str:
+    """The flags of a setting in one text, as a shell reads it; without the seeds, and what decides no result."""
+    return shlex.join(flags_of(config, NOT_IN_FLAGS))
+
+
+def metrics_of(runs: Iterable[Run]) -> list[str]:
+    return sorted({name for run in runs for line in run.history for name in line if name != "epoch"})
+
+
+# Settings: what belongs together, and what is compared with what.
+
+
+def settings_of(runs: Iterable[Run]) -> list[Setting]:
+    """Runs that differ in their seeds alone, together; those of one training side by side, float32 first."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run.config), []).append(run)
+    ordered = [sorted(group, key=lambda run: (run.seed, run.config.noise_seed)) for group in groups.values()]
+    settings = [Setting(group[0].config, tuple(group)) for group in ordered]
+    return sorted(settings, key=lambda setting: _order(setting.config))
+
+
+def _key(config: Config) -> str:
+    """The same for runs that differ in their seeds alone, however their rules were written."""
+    return config.group.removeprefix(f"{config.label}-")  # the label says how they were written
+
+
+def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
+    """The setting that rounds nothing and trains alike; of several, the one with the most fields at their defaults."""
+    training = _key(_unrounded(setting.config))
+    alike = [s for s in settings if not s.rules and _key(_unrounded(s.config)) == training]
+    return min(alike, key=lambda s: len(flags_of(s.config, NOT_IN_FLAGS)), default=None)
+
+
+def _unrounded(config: Config) -> Config:
+    defaults = {f.name: f.default for f in fields(Config)}
+    return replace(config, **{name: defaults[name] for name in (*ROUNDING_FIELDS, "average_last")})
+
+
+def main_rule(rules: dict[str, Rule]) -> Rule:
+    """The rule of the most sites that are rounded by default; of equally many, that of the first one."""
+    counts = Counter(rules[site] for site in ALL_SITES if site in rules)
+    return counts.most_common(1)[0][0] if counts else UNROUNDED
+
+
+def uniform_rule(rules: dict[str, Rule], sites: Sequence[str] = ALL_SITES) -> Rule | None:
+    """The rule that all of `sites` share where no other site has one; float32's where none has; else None."""
+    if not rules:
+        return UNROUNDED
+    return main_rule(rules) if set(rules) == set(sites) and len(set(rules.values())) == 1 else None
+
+
+def bits_of(number_format: AnyFormat) -> int:
+    """Bits of a number; of a block format, those of an element."""
+    element = number_format.element if isinstance(number_format, BlockFormat) else number_format
+    return 1 + element.exponent_bits + element.mantissa_bits + (not element.exponent_bits)
+
+
+def _order(config: Config) -> tuple:
+    """Sorts settings: by the training; then float32, wide formats before narrow ones, the roundings as listed."""
+    rules = config.rules()
+    base = main_rule(rules)
+    training = tuple(_sortable(getattr(config.resolved(), name)) for name in TRAINING_FIELDS)
+    rounding = Rounding.STOCHASTIC if isinstance(base.rounding, FewBits) else base.rounding
+    main = -bits_of(base.format), _sortable(base.format.name), list(Rounding).index(rounding), _sortable(base.rounding)
+    return training, bool(rules), main, len(_others(rules)), _sortable(rounded(config)), _sortable(flags_text(config))
+
+
+def _sortable(value: Any) -> tuple:
+    """Numbers by size, texts by the numbers in them: fixed16.8 before fixed16.10."""
+    if isinstance(value, int | float):
+        return (value,)
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(value)))
+
+
+# Names: for people alone.
+
+
+def names(settings: Sequence[Setting]) -> list[str]:
+    """What is rounded, and the flags in which the settings differ beside it.
+
+    A flag of training or data in which any two of them differ is in every name, so "float32 --dataset boston" is the
     baseline of "float8 nearest --dataset boston"; one of rounding only where names would be the same without it.
     """
-    plain = {config.group: replace(config, seed=0, rounding_seed=0) for config in configs}
-    apart = {name for config in plain.values() for name in _differing(config, next(iter(plain.values())))}
-    common = [f.name for f in fields(Config) if f.name in apart and flag(f.name) in TRAINING_FLAGS]
-    alike: dict[str, list[Config]] = {}
-    for config in plain.values():
-        alike.setdefault(setting_of(config), []).append(config)
-    names = {}
-    for group, config in plain.items():
-        same = alike[setting_of(config)]
-        own = {name for other in same for name in _differing(config, other)} - set(common)
-        texts = [f"{flag(name)} {_shown(getattr(config, name))}" for name in (*common, *sorted(own))]
-        names[group] = " ".join([setting_of(config), *texts])
-    return [names[config.group] for config in configs]
+    configs = [setting.config for setting in settings]
+    apart = {name for config in configs for name in _differences(config, configs[0])}
+    common = [f.name for f in fields(Config) if f.name in apart and f.name in TRAINING_FIELDS]
+    texts = [rounded(config) for config in configs]
+    complete = []
+    for text, config in zip(texts, configs, strict=True):
+        alike = [other for other_text, other in zip(texts, configs, strict=True) if other_text == text]
+        special = {name for other in alike for name in _differences(config, other)} - set(common)
+        flags = [f"{flag(name)} {_shown(getattr(config, name))}" for name in (*common, *sorted(special))]
+        complete.append(" ".join([text, *flags]))
+    return complete
 
 
-def _differing(config: Config, other: Config) -> set[str]:
-    return {text.split()[0].removeprefix("--").replace("-", "_") for text in config.differences(other)}
+def _differences(config: Config, other: Config) -> list[str]:
+    """The fields in which they differ, but for the seeds."""
+    return config.differences(replace(other, seed=config.seed, rounding_seed=config.rounding_seed))
 
 
 def _shown(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def baseline_of(setting: str) -> str:
-    """The float32 setting that differs from this one in its rounding alone."""
-    kept = [f"{name} {value}" for name, value in re.findall(r"(--\S+) (\S+)", setting) if name in TRAINING_FLAGS]
-    return " ".join([FLOAT32.name, *kept])
+def rounded(config: Config) -> str:
+    """What is rounded, in a few words: "float8 stochastic; accumulator float16 stochastic"."""
+    rules = config.rules()
+    if not rules:
+        return FLOAT32.name
+    base = main_rule(rules)
+    words, others = [_rule_name(base)], _others(rules)
+    usual = [site for site in ALL_SITES if rules.get(site) == base]
+    if not usual:  # an accumulator alone
+        words = []
+    elif len(usual) < sum(site in others for site in ALL_SITES):
+        words = [f"{_rule_name(base)} {', '.join(usual)}"]
+        others = {site: rule for site, rule in others.items() if site in rules}  # float32 needs no saying there
+    by_rule: dict[Rule, list[str]] = {}
+    for site, rule in others.items():
+        by_rule.setdefault(rule, []).append(site)
+    words += [f"{', '.join(sites)} {_rule_name(rule)}" for rule, sites in by_rule.items()]
+    return "; ".join(words) + (f"; in {','.join(config.layers)}" if config.layers else "")
 
 
-def _from_record(folder: Path, setting: str) -> Run:
-    config = json.loads((folder / "config.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    history = list(map(json.loads, lines))
-    return Run(setting, config["seed"], summary["status"], summary["seconds"], history, config["rounding_seed"])
+def _others(rules: dict[str, Rule]) -> dict[str, Rule]:
+    """The sites that are not as `main_rule` says: those with another rule or none, and those that are added."""
+    if not rules:
+        return {}
+    base = main_rule(rules)
+    sites = [site for site in ALL_SITES if rules.get(site) != base] + [site for site in ADDED_SITES if site in rules]
+    return {site: UNROUNDED if site not in rules or rules[site].format == FLOAT32 else rules[site] for site in sites}
 
 
-def _from_csv(path: Path) -> Iterator[Run]:
-    """ValueError for what `save` did not write."""
-    own = COLUMNS[:-1]
-    with open(path, newline="") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ())[: len(COLUMNS)] != COLUMNS:
-            raise ValueError(f"{path}: no file of --save, whose columns begin with {', '.join(COLUMNS)}")
-        for key, rows in itertools.groupby(table, key=lambda row: tuple(row[name] for name in own)):
-            try:
-                setting, seed, rounding_seed, status, seconds = key
-                history = [{name: float(v) for name, v in row.items() if v and name not in own} for row in rows]
-                noise = int(rounding_seed) if rounding_seed else None
-                kept = [line for line in history if "epoch" in line]
-                yield Run(setting, int(seed), status, float(seconds), kept, noise)
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}: line {table.line_num} is no line of --save") from None
-
-
-def save(runs: Sequence[Run], path: Path, epochs: Collection[int] = ()) -> None:
-    """A CSV file with a line for each epoch of each run, or for these epochs: small enough to keep beside the code."""
-    metrics = list(dict.fromkeys(name for run in runs for line in run.history for name in line if name != "epoch"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow([*COLUMNS, *metrics])
-        for run in runs:
-            kept = [line for line in run.history if not epochs or line["epoch"] in epochs]
-            for line in kept or [{}]:  # a run that diverged before them is still a run
-                values = [None if line.get(name) is None else f"{line[name]:.6g}" for name in metrics]
-                epoch = int(line["epoch"]) if line else None
-                told = (run.setting, run.seed, run.rounding_seed, run.status, f"{run.seconds:.4g}", epoch)
-                rows.writerow([*told, *values])
-
-
-def by_setting(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """In the order in which settings come up first."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.setting, []).append(run)
-    return found
-
-
-def metrics(runs: Iterable[Run]) -> list[str]:
-    return sorted({name for run in runs for line in run.history for name in line if name != "epoch"})
+def _rule_name(rule: Rule) -> str:
+    return str(rule).replace(":", " ", 1)

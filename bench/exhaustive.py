@@ -12,6 +12,7 @@ Prints a line for each, with the count of differences, and ends with 1 if there 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -24,12 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import itertools
-
 import oracles
 
-from low_precision.formats import BLOCKS, NAMED, FewBits, Rounding, is_random
-from low_precision.wrap import quantize
+from low_precision.formats import BLOCKS, NAMED
+from low_precision.rounding import FewBits, Rounding, is_random
+from low_precision.tensor import quantize
 
 WHOLE = ("float8", "float16", "float8_e4m3fn", "bfloat16")
 OTHERS = (*NAMED, "e2m0", "e3m0", "e8m0", "e8m3", "e4m10", "e8m22", "fixed8.4", "fixed16.12s", *BLOCKS, "bfp8_row")
@@ -97,14 +97,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["all", "random", "probability"])
     parser.add_argument("--numbers", type=float, default=1e9, help="of `random`, for each format and rounding")
-    given = parser.parse_args()
+    asked = parser.parse_args()
     works = {
         "all": [(whole, name) for name in WHOLE],
-        "random": [(random, name, int(given.numbers)) for name in OTHERS if name != "float32"],
+        "random": [(random, name, int(asked.numbers)) for name in OTHERS if name != "float32"],
         "probability": [(probability, n) for n, f in NAMED.items() if f.exponent_bits + f.mantissa_bits < 8],
     }
     wrong = 0
-    for what in given.what:
+    for what in asked.what:
         for work, *arguments in works[what]:
             start = time.perf_counter()
             wrong += work(*arguments)

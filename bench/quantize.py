@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from low_precision.formats import BlockFormat, format_named
-from low_precision.wrap import quantize
+from low_precision.tensor import quantize
 
 SIZES = (10_000_000, 100_000, 1_000)
 SECONDS = 0.1  # of one method in one round, at least

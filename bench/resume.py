@@ -18,13 +18,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from conftest import write_cifar10  # noqa: E402
+from run_helpers import bits, write_cifar10  # noqa: E402
 
 NOISY = ["--precision", "float8", "--rounding", "stochastic", "--momentum", "0.9", "--schedule", "cosine"]
 ACCUMULATOR = ["--site", "accumulator=float16:stochastic"]
@@ -46,24 +45,6 @@ def until_recorded(process: subprocess.Popen, runs: Path) -> float:
     while process.poll() is None and not (runs.is_dir() and any(runs.iterdir())):
         time.sleep(0.001)
     return time.monotonic()
-
-
-def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """What must be the same: the bytes of the metrics; model, optimizer, schedule and every random stream."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for name in ("config", "command", "seconds", "resumed", "wandb_id"):
-        del state[name]
-    return (folder / "metrics.jsonl").read_bytes(), state
-
-
-def same(a: Any, b: Any) -> bool:
-    if torch.is_tensor(a):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def killed_and_resumed(arguments: list[str], place: Path, seconds: float, draw: random.Random) -> tuple[Path, str]:
@@ -109,13 +90,13 @@ def main() -> int:
             assert process.wait() == 0, (Path(folder) / "output").read_text()
             seconds = time.monotonic() - since
             (straight,) = (Path(folder) / "runs").iterdir()
-            expected = outcome(straight)
+            expected = bits(straight)
         print(f"{name}: left alone, {seconds:.1f} s of record")
         for _ in range(asked.kills):
             with tempfile.TemporaryDirectory() as folder:
                 write_cifar10(Path(folder), count=8)
                 record, what = killed_and_resumed(arguments, Path(folder), seconds, draw)
-                equal = all(map(same, outcome(record), expected))
+                equal = bits(record) == expected
                 kills, right = kills + 1, right + equal
                 print(f"{name}: {what}: {'the same bits' if equal else 'DIFFERENT BITS'}", flush=True)
     print(f"{right} of {kills} killed and resumed runs ended in the bits of the run that was left alone")

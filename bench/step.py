@@ -23,10 +23,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import models
-from lab import metrics as measure
-from low_precision.formats import ALL_SITES, Rounding, rule_of
-from low_precision.optimizer import lean
-from low_precision.wrap import LowPrecision, Scheme
+from lab.metrics import TASKS, TrainMetrics
+from lab.optimizers import lean
+from low_precision.model import LowPrecision
+from low_precision.rounding import Rounding
+from low_precision.rules import ALL_SITES, rule_of
+from low_precision.scheme import Scheme
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
 WIDE = rule_of("float16:stochastic")
@@ -67,7 +69,7 @@ def whole_stepper(name: str) -> Callable[[], None]:
     """A function that does what train.py does between two rows of numbers and the next: data and metrics too."""
     rows, shape, outputs = SHAPES[name]
     model = models.build(name, shape, outputs, 1)
-    task = "regression" if outputs == 1 else "classification"
+    task = TASKS["regression" if outputs == 1 else "classification"]
     if len(shape) == 3:
         images = torch.randint(0, 256, (50 * rows, *shape), dtype=torch.uint8)
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, images))
@@ -78,14 +80,14 @@ def whole_stepper(name: str) -> Callable[[], None]:
     split = data.Data(x, y, x, y, image_scale=scale)
     low = LowPrecision(model, Scheme({}))
     optimizer = low.attach(lean(torch.optim.SGD)(model.parameters(), lr=0.01, momentum=0.9))
-    metrics, noise = measure.TrainMetrics(task), torch.Generator().manual_seed(3)
+    metrics, noise = TrainMetrics(task), torch.Generator().manual_seed(3)
 
     def step() -> None:
         batch = torch.randint(0, len(x), (rows,))
         features, truth = split.features(split.train_x[batch], noise), split.train_y[batch]
         output = model(features)
-        loss = measure.loss_of(output, truth, task)
-        metrics.add(loss.detach(), measure.count_correct(output, truth, task), rows)
+        loss = task.loss(output, truth)
+        metrics.add(loss.detach(), task.correct(output, truth), rows)
         assert loss.isfinite()
         optimizer.zero_grad()
         low.scale(loss).backward()
@@ -110,23 +112,23 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--backend", default="fused")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.memory_of:
-        step = stepper_of(given.models, given.memory_of, given.backend)
+    asked = parser.parse_args()
+    if asked.memory_of:
+        step = stepper_of(asked.models, asked.memory_of, asked.backend)
         for _ in range(4):
             step()
         (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
         print(int(peak) / 1024)  # getrusage would count what the parent had before it started this
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.backend}, n = {given.rounds} rounds")
-    for name in given.models.split(","):
-        steps = {setting: stepper_of(name, setting, given.backend) for setting in SETTINGS}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {asked.backend}, n = {asked.rounds} rounds")
+    for name in asked.models.split(","):
+        steps = {setting: stepper_of(name, setting, asked.backend) for setting in SETTINGS}
         calls = 1 if name == "resnet20" else 50
         for step in steps.values():
             for _ in range(2):  # what is loaded and compiled once
                 step()
         times = {setting: [] for setting in steps}
-        for _ in range(given.rounds):
+        for _ in range(asked.rounds):
             for setting, step in steps.items():
                 start = time.perf_counter()
                 for _ in range(calls):
@@ -137,7 +139,7 @@ def main() -> None:
         for setting, found in times.items():
             low, middle, high = statistics.quantiles(found, n=4)
             ratio = statistics.median(t / f for t, f in zip(found, times["float32"], strict=True))
-            most = memory(name, setting, given.backend)
+            most = memory(name, setting, asked.backend)
             print(f"  {setting:20} {middle:10.2f} {low:9.2f} {high:9.2f} {ratio:10.2f} {most:7.0f}")
 
 

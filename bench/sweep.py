@@ -78,13 +78,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--kills", type=int, default=0)
-    given = parser.parse_args()
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if given.kills:
+        if asked.kills:
             seconds(swept(4, folder / "alone"), folder)
             expected, wrong, chance = records(folder / "alone"), 0, random.Random(1)
-            for number in range(given.kills):
+            for number in range(asked.kills):
                 target = folder / f"killed-{number}"
                 after = chance.uniform(3.0, 9.0)
                 there = kill(4, target, after)
@@ -95,10 +95,10 @@ def main() -> int:
                     f"killed after {after:.1f} s with {there} of {len(expected)} records: same at the end: {same}",
                     flush=True,
                 )
-            print(f"{given.kills - wrong} of {given.kills} ended with the records of an undisturbed sweep")
+            print(f"{asked.kills - wrong} of {asked.kills} ended with the records of an undisturbed sweep")
             return int(wrong > 0)
-        runs = 15 * given.seeds
-        took = seconds(swept(given.seeds, folder / "swept"), folder)
+        runs = 15 * asked.seeds
+        took = seconds(swept(asked.seeds, folder / "swept"), folder)
         print(f"sweep.py: {runs} runs in {took:.1f} s, {1e3 * took / runs:.1f} ms a run", flush=True)
         loop = 0.0
         for dataset in ("toy", "boston", "diabetes"):

@@ -1,11 +1,12 @@
-"""Plain PyTorch, and the two calls that make it train in low precision. From the checkout:
-PYTHONPATH=. python examples/plain_script.py
+"""Plain PyTorch, and the two calls that make it train in low precision.
+
+After `pip install .`: python examples/plain_script.py; without, from the checkout: PYTHONPATH=. python ...
 """
 
 import torch
 from torch import nn
 
-from low_precision.wrap import quantize_model, quantize_optimizer
+import low_precision as lp
 
 
 def train(rounding: str | None = None, accumulator: str | None = None) -> float:
@@ -17,8 +18,8 @@ def train(rounding: str | None = None, accumulator: str | None = None) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     if rounding:
         sites = dict.fromkeys(("weights", "inputs", "activations", "errors"), "float8")
-        quantize_model(model, **sites, accumulator=accumulator, rounding=rounding, seed=1)
-        quantize_optimizer(optimizer, model, gradients="float8", momentum="float8")
+        lp.quantize_model(model, **sites, accumulator=accumulator, rounding=rounding, seed=1)
+        lp.quantize_optimizer(optimizer, model, gradients="float8", momentum="float8")
     for _ in range(100):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)

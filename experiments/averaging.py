@@ -22,7 +22,7 @@ def descend(gradient, dimension: int, name: str | None, rate: float, places: lis
     """By number of steps: the weights, and their average; each of shape (seeds, dimension)."""
     import torch
 
-    from low_precision.wrap import quantize
+    from low_precision.tensor import quantize
 
     generator = torch.Generator().manual_seed(1)
     w = torch.zeros(SEEDS, dimension, dtype=torch.float64)
@@ -80,7 +80,7 @@ def logistic(penalty: float = 0.1):
 
 def main() -> None:
     with Claims(__doc__) as claims:
-        steps = 2000 if claims.given.quick else 200_000
+        steps = 2000 if claims.asked.quick else 200_000
         places = sorted({int(steps * 10 ** (-k / 4)) for k in range(4)})
 
         def error(w, best) -> float:
@@ -135,8 +135,8 @@ def main() -> None:
             f"like δ^{rates[2]:.2f}, for the {len(clear)} gaps where it is told from noise",
             rates[2] > rates[0] + 0.5 and all(a < b for a, b in zip(excess[1], excess[0], strict=True)),
         )
-        if claims.given.figure:
-            draw(claims.given.figure, places, curves, gaps, balls, [(gaps[k], ends[k]) for k in clear])
+        if claims.asked.figure:
+            draw(claims.asked.figure, places, curves, gaps, balls, [(gaps[k], ends[k]) for k in clear])
 
 
 def draw(path, places, curves, gaps, balls, ends) -> None:
@@ -144,7 +144,7 @@ def draw(path, places, curves, gaps, balls, ends) -> None:
 
     plt = figures.pyplot()
     chart, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for number, (name, told) in enumerate((("fixed8.6", "fixed8.6"), (None, "float64"))):
+    for number, (name, label) in enumerate((("fixed8.6", "fixed8.6"), (None, "float64"))):
         for mark, (what, style) in enumerate((("last", "--"), ("average", "-"))):
             left.loglog(
                 places,
@@ -152,7 +152,7 @@ def draw(path, places, curves, gaps, balls, ends) -> None:
                 style,
                 marker="os"[mark],
                 color=figures.COLOURS[number + 1],
-                label=f"{told}, {what} weights",
+                label=f"{label}, {what} weights",
             )
     left.set(title="quadratic: linear regression", xlabel="steps", ylabel="squared distance to the optimum / dimension")
     left.legend(fontsize="small")

@@ -8,57 +8,71 @@ Zamirai, Zhang, Aberger and De Sa 2020 (arXiv:2010.06192), its abstract. Digits,
 from __future__ import annotations
 
 import statistics
+from typing import TYPE_CHECKING
 
 from claims import Claims, spread, trained
 
+if TYPE_CHECKING:
+    from analysis.runs import Setting
+
 COMMON = "--dataset digits --batch-size 64 --learning-rate 0.01"
-NAMES = {
-    "bfloat16 nearest": "nearest",
-    "bfloat16 nearest; weights bfloat16 stochastic": "stochastic",
-    "bfloat16 nearest; compensation bfloat16 nearest": "Kahan",
-}
+
+
+def update_of(setting: Setting) -> str:
+    """How the weights are updated: in float32, to nearest, stochastically, or with Kahan summation."""
+    from low_precision.rounding import is_random
+
+    rules = setting.rules
+    if not rules:
+        return "float32"
+    if "compensation" in rules:
+        return "Kahan"
+    return "stochastic" if is_random(rules["weights"].rounding) else "nearest"
 
 
 def main() -> None:
-    import report
+    from analysis import tables
 
     with Claims(__doc__) as claims:
-        seeds, epochs = (2, 1) if claims.given.quick else (10, 40)
+        seeds, epochs = (2, 1) if claims.asked.quick else (10, 40)
         common = f"{COMMON} --seed 0:{seeds} --epochs {epochs}"
-        runs = trained(
+        settings = trained(
             "runs/bfloat16_weights", f"{common} --recipe bfloat16,bfloat16-stochastic,bfloat16-kahan", common
         )
+        by_update = {update_of(setting): setting for setting in settings}
+        float32 = by_update["float32"].runs
         difference = {
-            short: [100 * d for d in report.pairs(runs[name], runs["float32"], "testing_accuracy")]
-            for name, short in NAMES.items()
+            update: [100 * d for d in tables.pairs(setting.runs, float32, "testing_accuracy")]
+            for update, setting in by_update.items()
         }
-        mean = {short: statistics.fmean(d) for short, d in difference.items()}
+        mean = {update: statistics.fmean(d) for update, d in difference.items()}
 
-        def told(short: str) -> str:
-            ends = report.interval(difference[short])
-            return f"{short} {mean[short]:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "")
+        def points(update: str) -> str:
+            ends = tables.interval(difference[update])
+            return f"{update} {mean[update]:+.2f}" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "")
 
-        loss = {short: spread(runs[name], "training_loss") for name, short in NAMES.items()}
+        loss = {update: spread(setting, "training_loss") for update, setting in by_update.items()}
         claims.add(
             "nearest rounding of weight updates often cancels small updates, which degrades convergence and accuracy",
             f"training loss, median and 5 to 95 % of {seeds} seeds: float32 "
-            f"{spread(runs['float32'], 'training_loss')}, "
+            f"{loss['float32']}, "
             f"nearest {loss['nearest']}; points of testing accuracy against float32, mean and 95 % interval: "
-            f"{told('nearest')}",
-            mean["nearest"] < -0.5 and (report.interval(difference["nearest"]) or (0, 0))[1] < 0,
+            f"{points('nearest')}",
+            mean["nearest"] < -0.5 and (tables.interval(difference["nearest"]) or (0, 0))[1] < 0,
         )
         claims.add(
             "stochastic rounding and Kahan summation remedy it: 0.1 % lower to 0.2 % higher accuracy than 32-bit "
             "training",
             f"training loss: stochastic {loss['stochastic']}, Kahan {loss['Kahan']}; points of testing accuracy "
-            f"against float32: {told('stochastic')}, {told('Kahan')}",
-            all(-0.1 <= mean[short] <= 0.2 for short in ("stochastic", "Kahan")),
+            f"against float32: {points('stochastic')}, {points('Kahan')}",
+            all(-0.1 <= mean[update] <= 0.2 for update in ("stochastic", "Kahan")),
         )
-        if claims.given.figure:
+        if claims.asked.figure:
             from analysis import figures
 
-            every = [run for group in runs.values() for run in group]
-            figures.curves(every, "training_loss", claims.given.figure, "digits in bfloat16")
+            every = [run for setting in settings for run in setting.runs]
+            title = "digits, cnn, bfloat16: training loss by the update of the weights"
+            figures.curves(every, "training_loss", claims.asked.figure, title)
 
 
 if __name__ == "__main__":

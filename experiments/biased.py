@@ -36,7 +36,7 @@ def rounded(x, name, scheme, key, gradient=None):
     """x in the format by that scheme; `gradient`: whose sign signed-SR_ε goes against."""
     import torch
 
-    from low_precision.wrap import quantize
+    from low_precision.tensor import quantize
 
     if scheme == "float32":
         return x
@@ -140,21 +140,21 @@ def median(values) -> float:
 
 def main() -> None:
     with Claims(__doc__) as claims:
-        steps = 10 if claims.given.quick else 300
+        steps = 10 if claims.asked.quick else 300
         cases = {"logistic": "float8_e5m2", "network": "float8_e5m2", "fixed": "fixed16.6"}
-        found = {
+        results = {
             (kind, scheme): train(kind, name, scheme, steps, 0.1) for kind, name in cases.items() for scheme in SCHEMES
         }
 
         def loss(kind, scheme, step=-1):
-            return found[kind, scheme]["loss"][step]
+            return results[kind, scheme]["loss"][step]
 
-        def told(kind, what="loss", step=-1):
+        def spreads(kind, what="loss", step=-1):
             shown = (lambda v: f"{v:.3g}") if what == "loss" else (lambda v: f"{100 * v:.1f}")
             return ", ".join(
                 f"{s} {shown(median(v))} ({shown(float(v.quantile(0.05)))} - {shown(float(v.quantile(0.95)))})"
                 for s in SCHEMES
-                for v in [found[kind, s][what][step]]
+                for v in [results[kind, s][what][step]]
             )
 
         spread = f"median and 5 to 95 % of {SEEDS} seeds"
@@ -162,7 +162,7 @@ def main() -> None:
             better = median(loss(kind, "SR")) < median(loss(kind, "nearest"))
             claims.add(
                 f"{kind}, {name}: stochastic rounding helps to prevent stagnation",
-                f"training loss in step {steps}, {spread}: {told(kind)}",
+                f"training loss in step {steps}, {spread}: {spreads(kind)}",
                 better,
             )
         for kind in cases:
@@ -171,11 +171,11 @@ def main() -> None:
             for scheme in SCHEMES:
                 below = [n for n in range(steps) if median(loss(kind, scheme, n)) <= half]
                 reach[scheme] = below[0] + 1 if below else None
-            accuracy = {s: median(found[kind, s]["accuracy"][-1]) for s in SCHEMES}
+            accuracy = {s: median(results[kind, s]["accuracy"][-1]) for s in SCHEMES}
             reached = f"first step whose median loss is at most that of SR in step {steps}: " + ", ".join(
                 f"{s} {n or 'never'}" for s, n in reach.items()
             )
-            reached += f"; testing accuracy in % at the end: {told(kind, 'accuracy')}"
+            reached += f"; testing accuracy in % at the end: {spreads(kind, 'accuracy')}"
             if kind == "fixed":
                 claims.add(
                     "fixed: 16-bit fixed point: faster convergence and higher accuracy than SR and nearest (2021); "
@@ -194,19 +194,19 @@ def main() -> None:
                 "steps",
                 median(loss(kind, "signed-SR_ε")) < median(loss(kind, "SR, 4 η")),
             )
-        if claims.given.figure:
-            draw(claims.given.figure, found, cases, steps)
+        if claims.asked.figure:
+            draw(claims.asked.figure, results, cases, steps)
 
 
-def draw(path, found, cases, steps) -> None:
+def draw(path, results, cases, steps) -> None:
     from analysis import figures
 
     plt = figures.pyplot()
     chart, panels = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
     for axes, (kind, name) in zip(panels, cases.items(), strict=True):
         for number, scheme in enumerate(SCHEMES):
-            losses = found[kind, scheme]["loss"]
-            axes.plot(range(1, steps + 1), losses.median(1).values, label=scheme, **figures.look(number))
+            losses = results[kind, scheme]["loss"]
+            axes.plot(range(1, steps + 1), losses.median(1).values, label=scheme, **figures.nth_look(number))
             axes.fill_between(
                 range(1, steps + 1),
                 losses.quantile(0.05, 1),

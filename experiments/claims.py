@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the project's is not
+
+if TYPE_CHECKING:
+    from analysis.runs import Setting
+    from low_precision.rules import Rule
 
 
 class Claims:
@@ -24,7 +32,7 @@ class Claims:
         parser.add_argument("--save", type=Path, help="a CSV file of the claims")
         parser.add_argument("--figure", type=Path, help="a PNG or SVG file")
         parser.add_argument("--quick", action="store_true", help="smaller and fewer: to see it run, not to believe it")
-        self.given = parser.parse_args()
+        self.asked = parser.parse_args()
         self.rows: list[tuple[str, str, str]] = []
         self.started = time.monotonic()
 
@@ -39,11 +47,8 @@ class Claims:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             print(f"{time.monotonic() - self.started:.0f} s")
-            if self.given.save:
-                self.given.save.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.given.save, "w", newline="") as file:
-                    rows = csv.writer(file, lineterminator="\n")
-                    rows.writerows([("claim", "measured here", "holds"), *self.rows])
+            if self.asked.save:
+                save([("claim", "measured here", "holds"), *self.rows], self.asked.save)
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -53,27 +58,46 @@ def slope(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def trained(folder: str, *commands: str) -> dict[str, list]:
-    """Sweeps (the arguments of sweep.py, but for the folder): runs by setting. What is complete is not run again."""
+def save(rows: Sequence[Sequence[str]], path: Path) -> None:
+    """A CSV file, whole or not at all."""
+    from analysis.runs import write
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write(path, text.getvalue())
+
+
+def trained(folder: str, *commands: str) -> list[Setting]:
+    """The settings that sweeps trained (the arguments of sweep.py, but for the folder); what is complete stays."""
     import sweep
     from analysis import runs as records
 
     asked = {}
     for command in commands:
-        configs, own = sweep.grid([*command.split(), "--output-dir", folder])
+        configs, options = sweep.grid([*command.split(), "--output-dir", folder])
         asked |= {config.folder_name: config for config in configs}
-    failures = sweep.run(asked.values(), own.jobs)
+    failures = sweep.run(asked.values(), options.jobs)
     if failures:
         raise RuntimeError(f"{len(failures)} runs failed: {next(iter(failures.items()))}")
-    return records.by_setting(records.read(Path(folder) / name for name in asked))
+    return records.settings_of(records.read(Path(folder) / name for name in asked).runs)
 
 
-def spread(runs: list, metric: str, factor: float = 1.0, form: str = ".3g") -> str:
+def by_rule(settings: Sequence[Setting], sites: Sequence[str] | None = None) -> dict[Rule, Setting]:
+    """Settings by the one rule of all `sites` (None: those of `--quantize all`); without the settings of several rules.
+
+    The setting that rounds nothing is there under `rule_of("float32")`.
+    """
+    from analysis.runs import uniform_rule
+    from low_precision.rules import ALL_SITES
+
+    rules = [uniform_rule(setting.rules, sites or ALL_SITES) for setting in settings]
+    return {rule: setting for rule, setting in zip(rules, settings, strict=True) if rule}
+
+
+def spread(setting: Setting, metric: str, factor: float = 1.0, form: str = ".3g") -> str:
     """The median of the last values and, in brackets, the 5th and the 95th percentile."""
-    import statistics
+    from analysis.tables import band
 
-    from analysis import figures
-
-    values = [factor * v for run in runs if (v := run.value(metric)) is not None]
-    low, high = figures.band(values)
+    values = [factor * value for value in setting.values(metric)]
+    low, high = band(values)
     return f"{statistics.median(values):{form}} ({low:{form}} - {high:{form}})"

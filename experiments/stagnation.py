@@ -23,7 +23,7 @@ def harmonic(name: str, terms: int) -> tuple[int, float, object]:
     """To nearest: the last n that changed the sum, and the sum; stochastically: the sums, shape (runs,)."""
     import torch
 
-    from low_precision.wrap import quantize
+    from low_precision.tensor import quantize
 
     inverse = 1 / torch.arange(1, terms + 1, dtype=torch.float64)
     nearest, moved = torch.zeros(1, dtype=torch.float64), 0
@@ -43,7 +43,7 @@ def heat(name: str, rounding: str | None, intervals: int, runs: int) -> tuple[ob
     """u at t = 1, shape (runs, points inside); the last step at which anything moved, and the steps in all."""
     import torch
 
-    from low_precision.wrap import quantize
+    from low_precision.tensor import quantize
 
     key = iter(range(10**9))
 
@@ -71,16 +71,16 @@ def main() -> None:
     import torch
 
     with Claims(__doc__) as claims:
-        terms = 600 if claims.given.quick else 10**5
+        terms = 600 if claims.asked.quick else 10**5
         truth = float((1 / torch.arange(1, terms + 1, dtype=torch.float64)).sum())
         series = {name: harmonic(name, terms) for name in ("bfloat16", "fp16")}
-        for name, (told_n, told) in {"bfloat16": (65, "5.0625"), "fp16": (513, "7.0859")}.items():
+        for name, (stop, published) in {"bfloat16": (65, "5.0625"), "fp16": (513, "7.0859")}.items():
             moved, nearest, _ = series[name]
-            # The term after the last one that moves the sum is the first that does not: told_n.
+            # The term after the last one that moves the sum is the first that does not: stop.
             claims.add(
-                f"harmonic series in {name}, to nearest: it stops at {told}, after {told_n} terms (Higham)",
+                f"harmonic series in {name}, to nearest: it stops at {published}, after {stop} terms (Higham)",
                 f"{nearest:.5g}: term {moved} is the last that moves it, term {moved + 1} the first that does not",
-                f"{nearest:.4f}".startswith(told[:6]) and told_n in (moved, moved + 1),
+                f"{nearest:.4f}".startswith(published[:6]) and stop in (moved, moved + 1),
             )
         texts, ok = [], True
         for name, (_, nearest, sums) in series.items():
@@ -98,25 +98,25 @@ def main() -> None:
             + "; ".join(texts),
             ok,
         )
-        sizes = [8, 16] if claims.given.quick else [8, 16, 32, 64, 128]
-        runs = 5 if claims.given.quick else RUNS["heat"]
+        sizes = [8, 16] if claims.asked.quick else [8, 16, 32, 64, 128]
+        runs = 5 if claims.asked.quick else RUNS["heat"]
         name, u = "fp16", 2.0**-11
         near, chance, square, stopped = [], [], [], []
         for intervals in sizes:
             exact, _, _ = heat(name, None, intervals, 1)
-            found, moved, steps = heat(name, "nearest", intervals, 1)
-            near.append(float((found - exact).abs().max()))
+            computed, moved, steps = heat(name, "nearest", intervals, 1)
+            near.append(float((computed - exact).abs().max()))
             stopped.append((moved, steps))
-            found, _, _ = heat(name, "stochastic", intervals, runs)
-            chance.append((found - exact).abs().amax(1))
-            square.append(float(((found - exact) ** 2).mean().sqrt()))
+            computed, _, _ = heat(name, "stochastic", intervals, runs)
+            chance.append((computed - exact).abs().amax(1))
+            square.append(float(((computed - exact) ** 2).mean().sqrt()))
         middle = [float(c.median()) for c in chance]
         times = [0.25 / n**2 for n in sizes]
-        told = [f"1/{n}: {100 * a:.2g} % and {100 * b:.2g} %" for n, a, b in zip(sizes, near, middle, strict=True)]
+        errors = [f"1/{n}: {100 * a:.2g} % and {100 * b:.2g} %" for n, a, b in zip(sizes, near, middle, strict=True)]
         claims.add(
             "heat equation in half precision: to nearest it stagnates for small enough Δt, stochastically it does not",
             f"error, as a share of the solution's maximum, to nearest and stochastically (median of {runs}), h = "
-            + "; ".join(told)
+            + "; ".join(errors)
             + f". To nearest nothing moves after step {stopped[-1][0]:,} of {stopped[-1][1]:,} at h = 1/{sizes[-1]}",
             near[-1] > 10 * middle[-1] and stopped[-1][0] < 0.5 * stopped[-1][1],
         )
@@ -127,12 +127,13 @@ def main() -> None:
             f"{square[-1] / u:.2f} u; the largest over x, of ever more points, like Δt^(-{growth_of_largest:.2f})",
             growth < 0.28,
         )
-        if claims.given.figure:
-            draw(claims.given.figure, times, near, chance, name, u)
+        if claims.asked.figure:
+            draw(claims.asked.figure, times, near, chance, name, u)
 
 
 def draw(path, times, near, chance, name, u) -> None:
     from analysis import figures
+    from analysis.tables import band
 
     plt = figures.pyplot()
     chart, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
@@ -140,7 +141,7 @@ def draw(path, times, near, chance, name, u) -> None:
     axes.loglog(
         times, [float(c.median()) for c in chance], "--s", color=figures.COLOURS[2], label=f"{name} stochastic, median"
     )
-    low, high = zip(*(figures.band(c.tolist()) for c in chance), strict=True)
+    low, high = zip(*(band(c.tolist()) for c in chance), strict=True)
     axes.fill_between(times, low, high, color=figures.COLOURS[2], alpha=0.2, label="5 % to 95 % of the runs")
     axes.loglog(
         times,

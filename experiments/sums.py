@@ -26,13 +26,13 @@ def errors(name: str, rounding: str, places: list[int], sets: int) -> dict[int, 
     """By n: the backward errors, shape (kinds, sets)."""
     import torch
 
-    from low_precision.wrap import quantize
+    from low_precision.tensor import quantize
 
     torch.manual_seed(1)
     equal = quantize(1 + torch.rand(sets, dtype=torch.float64), name)
     computed, exact, size = (torch.zeros(len(KINDS), sets, dtype=torch.float64) for _ in range(3))
     width, low = torch.tensor([1, 2, 1, 1])[:, None], torch.tensor([0, 1, 0, 0])[:, None]
-    found, block = {}, 100
+    errors_by_n, block = {}, 100
     for start in range(0, places[-1], block):
         drawn = torch.rand(block, 4, sets, dtype=torch.float64) * width - low
         positive, signs, left, right = quantize(drawn, name).unbind(1)
@@ -46,25 +46,25 @@ def errors(name: str, rounding: str, places: list[int], sets: int) -> dict[int, 
         exact += truth.sum(0)
         size += truth.abs().sum(0)
         if start + block in places:
-            found[start + block] = (computed - exact).abs() / size
-    return found
+            errors_by_n[start + block] = (computed - exact).abs() / size
+    return errors_by_n
 
 
 def main() -> None:
     with Claims(__doc__) as claims:
-        places = [10**k for k in range(2, 4 if claims.given.quick else 7)]
-        sets = 10 if claims.given.quick else SETS
-        found = {(f, r): errors(f, r, places, sets) for f in FORMATS for r in ("nearest", "stochastic")}
+        places = [10**k for k in range(2, 4 if claims.asked.quick else 7)]
+        sets = 10 if claims.asked.quick else SETS
+        results = {(f, r): errors(f, r, places, sets) for f in FORMATS for r in ("nearest", "stochastic")}
         mean = {  # root mean square over the sets
             (f, r, kind): [float((by_n[n][k] ** 2).mean().sqrt()) for n in places]
-            for (f, r), by_n in found.items()
+            for (f, r), by_n in results.items()
             for k, kind in enumerate(KINDS)
         }
         last, fine = places[-1], "e8m15"
         u = {name: 2.0 ** -(bits + 1) for name, bits in FORMATS.items()}
 
         ratio = {
-            r: [max(float(found[f, r][n].max()) / (n**0.5 * u[f]) for f in FORMATS) for n in places]
+            r: [max(float(results[f, r][n].max()) / (n**0.5 * u[f]) for f in FORMATS) for n in places]
             for r in ("nearest", "stochastic")
         }
         claims.add(
@@ -84,7 +84,7 @@ def main() -> None:
             f"{mean[fine, 'stochastic', 'equal'][-1] / u[fine]:,.0f} u (root mean square of {sets})",
             growth["nearest"] > 0.9 and growth["stochastic"] < 0.6,
         )
-        lost = found["bfloat16", "nearest"][last][1]
+        lost = results["bfloat16", "nearest"][last][1]
         kept = mean["bfloat16", "stochastic", "positive"][-1]
         claims.add(
             "stochastic rounding is immune to stagnation, nearest is not",
@@ -105,8 +105,8 @@ def main() -> None:
             f"10^{len(places) + 1}: " + "; ".join(f"{kind} {a:.2g} and {b:.2g}" for kind, (a, b) in more.items()),
             all(a > 1 for a, _ in more.values()) and more["signs"][1] > 1,
         )
-        if claims.given.figure:
-            draw(claims.given.figure, places, mean, u, sets)
+        if claims.asked.figure:
+            draw(claims.asked.figure, places, mean, u, sets)
 
 
 def draw(path, places, mean, u, sets) -> None:

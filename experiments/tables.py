@@ -11,11 +11,10 @@ Records go to runs/single and runs/published, and what is there is not run again
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from pathlib import Path
 
-from claims import trained
+from claims import by_rule, save, trained
 
 BATCH = {"toy": 32, "boston": 512, "diabetes": 512}
 TEST_ROWS = {"toy": 3, "boston": 102, "diabetes": 89}
@@ -32,41 +31,52 @@ PUBLISHED = {  # training MSE and testing MSE / rows, as printed by the original
     "boston float8 nearest": ("0.53", "0.004204"),
     "boston float8 stochastic": ("0.5219", "0.00418"),
 }
-SETTINGS = ("float32", "float16 nearest", "float16 stochastic", "float8 nearest", "float8 stochastic")
+RULES = {  # by what the tables call them
+    "float32": "float32",
+    "float16 nearest": "float16:nearest",
+    "float16 stochastic": "float16:stochastic",
+    "float8 nearest": "float8:nearest",
+    "float8 stochastic": "float8:stochastic",
+}
 PRECISIONS = "--precision float32,float16,float8 --rounding nearest,stochastic"
 
 
 def single() -> list[list[str]]:
-    found = {
-        dataset: trained("runs/single", f"--dataset {dataset} --epochs 30 --batch-size {batch} {PRECISIONS}")
+    from low_precision.rules import rule_of
+
+    settings = {
+        dataset: by_rule(trained("runs/single", f"--dataset {dataset} --epochs 30 --batch-size {batch} {PRECISIONS}"))
         for dataset, batch in BATCH.items()
     }
     lines = [["setting", *BATCH]]
-    for setting in SETTINGS:
-        runs = [found[dataset][setting][0] for dataset in BATCH]
-        lines.append([setting, *(f"{run.value('training_mse'):.4f} / {run.value('testing_mse'):.4f}" for run in runs)])
+    for name, rule in RULES.items():
+        runs = [settings[dataset][rule_of(rule)].runs[0] for dataset in BATCH]
+        lines.append([name, *(f"{run.value('training_mse'):.4f} / {run.value('testing_mse'):.4f}" for run in runs)])
     return lines
 
 
 def published() -> list[list[str]]:
+    from low_precision.rules import rule_of
+
     lines = [["run", "training MSE, published", "ours", "testing MSE as printed", "ours, divided likewise"]]
     for dataset, batch in BATCH.items():
         common = f"--recipe published --dataset {dataset} --epochs 30 --batch-size {batch}"
-        runs = trained(
+        settings = trained(
             "runs/published",
             f"{common} --precision float32,float16,float8",
             f"{common} --precision float16,float8 --rounding stochastic --rounding-seed 0:{SEEDS}",
         )
-        for setting in SETTINGS:
-            name = next(name for name in runs if name.removesuffix(" activations, errors") == setting)
-            training = [run.value("training_mse") for run in runs[name]]
-            testing = [run.value("testing_mse") / TEST_ROWS[dataset] for run in runs[name]]
-            printed = PUBLISHED.get(f"{dataset} {setting}", ("-", "-"))
-            lines.append([f"{dataset} {setting}", printed[0], _told(training), printed[1], _told(testing)])
+        settings_by_rule = by_rule(settings, ("activations", "errors"))
+        for name, rule in RULES.items():
+            setting = settings_by_rule[rule_of(rule)]
+            testing = [value / TEST_ROWS[dataset] for value in setting.values("testing_mse")]
+            printed = PUBLISHED.get(f"{dataset} {name}", ("-", "-"))
+            cells = [printed[0], _spread(setting.values("training_mse")), printed[1], _spread(testing)]
+            lines.append([f"{dataset} {name}", *cells])
     return lines
 
 
-def _told(values: list[float]) -> str:
+def _spread(values: list[float]) -> str:
     text = f"{statistics.median(values):.4g}"
     return text if len(values) == 1 else f"{text} ({min(values):.4g} - {max(values):.4g})"
 
@@ -75,12 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("single", "published"))
     parser.add_argument("--save", type=Path, required=True, help="a CSV file")
-    given = parser.parse_args()
-    lines = {"single": single, "published": published}[given.table]()
-    given.save.parent.mkdir(parents=True, exist_ok=True)
-    with open(given.save, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-    print(given.save.read_text(), end="")
+    asked = parser.parse_args()
+    lines = {"single": single, "published": published}[asked.table]()
+    save(lines, asked.save)
+    print(asked.save.read_text(), end="")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
-"""What passes between a run and whoever watches it: progress goes out, the wish to stop comes in."""
+"""What a person sees of a run on stderr: progress, and lines that work as they stand."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
+import shlex
+import shutil
 import sys
-import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from settings.config import Config
 
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal, ten lines a run apart
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EPOCH_SECONDS = 10.0  # where there is no terminal: between two lines of epochs, tenths of a run aside
+STEP_SECONDS = 30.0  # and the longest time without a line, within an epoch too
+REFRESH_SECONDS = 1.0  # on a terminal: between two looks at the loss, each of which waits for the device
 
 
 def say(*lines: str) -> None:
@@ -24,52 +29,24 @@ def say(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else Python fails at its end, with what could not be said
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and no step of it is half done. args[0]: the signal's number."""
+def command(script: str, *words: str) -> str:
+    """The command line that starts a script of this project as this process was started, from the working folder.
 
-
-class Stop:
-    """While it holds, as a context: Ctrl-C, SIGTERM and SIGHUP wait for `check`.
-
-    A second one is a KeyboardInterrupt at once, wherever the run is, and a third ends the process. A signal that was
-    ignored (nohup) stays so; outside the main thread, where Python takes no signals, it holds none.
+    The interpreter is the one that runs: "python" where the shell finds that one under the name.
     """
+    interpreter = "python"
+    if shutil.which(interpreter) != sys.executable:
+        interpreter = _from_here(Path(sys.executable))
+        if os.sep not in interpreter:  # a shell would look for it in PATH
+            interpreter = sys.executable
+    return shlex.join([interpreter, _from_here(Path(__file__).parent.parent / script), *words])
 
-    def __init__(self) -> None:
-        self.asked = 0  # how often
-        self._number: int | None = None
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: somebody's who is not Python
-                    self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked += 1
-        self._number = number if self._number is None else self._number
-        if self.asked > 1:
-            for held in self._before:
-                signal.signal(held, signal.SIG_DFL)
-            raise KeyboardInterrupt(number)
-        with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once, without\n")
-
-    @property
-    def number(self) -> int:
-        """The signal that asked; SIGTERM where none did, as another process was asked."""
-        return signal.SIGTERM if self._number is None else self._number
-
-    def check(self) -> None:
-        """Raises Stopped if that was asked for. Call it where nothing is half done."""
-        if self.asked:
-            raise Stopped(self.number)
+def _from_here(path: Path) -> str:
+    """A path as one would write it in the working folder: relative where it lies below."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 class Progress:
@@ -77,42 +54,62 @@ class Progress:
 
     def __init__(self, config: Config, steps: int, done: int, quiet: bool = False) -> None:
         """steps: in an epoch. done: steps of a run that goes on. quiet: nothing at all."""
-        self.quiet = quiet
-        self.epochs = config.epochs
-        total = config.epochs * steps
-        bar = (
-            not quiet
-            and sys.stderr.isatty()
-            and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            and config.epochs > 0
-        )
+        self.quiet, self.epochs, self.steps, self.done = quiet, config.epochs, steps, done
         self.bar = None
-        if bar:
+        if not quiet and config.epochs > 0 and _columns() > 0:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=done, desc=config.name, unit="step", leave=False)
-        self.said = time.monotonic()
+            self.bar = tqdm(
+                total=config.epochs * steps,
+                initial=done,
+                desc=config.name,
+                leave=False,
+                dynamic_ncols=True,
+                # The metric comes before the bar, so that a narrow terminal shows it and shortens the bar.
+                bar_format="{desc}{postfix} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+            )
+        self._said = self._looked = time.monotonic()
+        self._tested = ""  # the last epoch's metric, for the bar
 
-    def step(self) -> None:
+    def step(self, loss: Tensor) -> None:
+        """A step is done; loss: its training loss, ()."""
+        self.done += 1
+        if self.quiet:
+            return
+        now = time.monotonic()
         if self.bar:
+            if now - self._looked > REFRESH_SECONDS:
+                self._looked = now
+                self.bar.set_postfix_str(self._tested or f"training_loss {float(loss):.4g}", refresh=False)
             with contextlib.suppress(OSError):
                 self.bar.update()
+        elif now - self._said >= STEP_SECONDS:
+            self._said = now
+            epoch, step = divmod(self.done - 1, self.steps)
+            say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  loss {float(loss):.4g}")
 
     def epoch(self, metrics: dict[str, float | int | None]) -> None:
+        """An epoch is done, with these metrics."""
         if self.quiet:
             return
         shown = {name: value for name, value in metrics.items() if name.endswith(("_mse", "_loss", "_accuracy"))}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        texts = {name: f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in shown.items()}
         if self.bar:
-            self.bar.set_postfix_str(text, refresh=False)
+            self._tested = next((texts[name] for name in ("testing_accuracy", "testing_mse") if name in texts), "")
+            self.bar.set_postfix_str(self._tested, refresh=False)
             return
-        epoch, now = metrics["epoch"], time.monotonic()
+        epoch, now = int(metrics["epoch"] or 0), time.monotonic()
         tenth = epoch * 10 // self.epochs > (epoch - 1) * 10 // self.epochs
-        if tenth or now - self.said > LINE_SECONDS:
-            say(f"epoch {epoch}/{self.epochs}  {text}")
-            self.said = now
+        if tenth or now - self._said > EPOCH_SECONDS:
+            say("  ".join([f"epoch {epoch}/{self.epochs}", *texts.values()]))
+            self._said = now
 
     def close(self) -> None:
         if self.bar:
             with contextlib.suppress(OSError):
                 self.bar.close()
+
+
+def _columns() -> int:
+    """Of the terminal that stderr is; 0 where it is none."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0

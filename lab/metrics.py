@@ -1,8 +1,9 @@
-"""What is measured: the loss, an epoch's training metrics, the test set's."""
+"""What is measured: a task's loss, an epoch's training metrics, the test set's. A new task is a class and a row."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -13,30 +14,54 @@ from torch import Tensor, nn
 from data import Data
 
 EVALUATION_ROWS = 250  # at a time: no more memory than a step takes
+CUDA_CHECK_STEPS = 50  # between two looks at the losses on CUDA: each look waits for the device
+Metrics = dict[str, float | int | None]
 
 
-def loss_of(output: Tensor, y: Tensor, task: str, reduction: str = "mean") -> Tensor:
-    return (F.mse_loss if task == "regression" else F.cross_entropy)(output, y, reduction=reduction)
+class Diverged(Exception):
+    """The loss of a step is NaN or infinite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} is not finite")
+        self.step = step
 
 
-def count_correct(output: Tensor, y: Tensor, task: str) -> Tensor:
-    """int64 (): how many rows the model got right; 0 for a regression."""
-    if task == "regression":
-        return torch.zeros((), dtype=torch.int64, device=y.device)
-    return (output.detach().argmax(1) == y).sum()
+class Losses:
+    """The losses of the steps that nobody has looked at yet."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending: list[Tensor] = []  # () each, on the device
+        self._every = 1 if device.type == "cpu" else CUDA_CHECK_STEPS
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """The loss of that step. Diverged where a look is due and one of the pending losses is not finite."""
+        self.pending.append(loss)
+        if len(self.pending) >= self._every:
+            self.check(step)
+
+    def check(self, last_step: int) -> None:
+        """Raises Diverged for the first pending loss that is NaN or infinite; the last one is that of `last_step`."""
+        if not self.pending:
+            return
+        finite = torch.stack(self.pending).isfinite().tolist()
+        if not all(finite):
+            raise Diverged(last_step - len(self.pending) + 1 + finite.index(False))
+        self.pending.clear()
 
 
 class TrainMetrics:
-    """Regression: the loss of the last step, in its own batch. Classification: means over the epoch's rows."""
+    """An epoch's training metrics so far: sums over its rows, on the device."""
 
-    def __init__(self, task: str) -> None:
-        self.task = task
+    rows: int | Tensor
+    loss: Tensor | float
+    correct: Tensor | int
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
         self.reset()
 
     def reset(self) -> None:
-        self.rows: int | Tensor = 0
-        self.loss: Tensor | float = 0.0
-        self.correct: Tensor | int = 0
+        self.rows, self.loss, self.correct = 0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": int(self.rows), "loss": torch.as_tensor(self.loss), "correct": torch.as_tensor(self.correct)}
@@ -47,43 +72,92 @@ class TrainMetrics:
 
     def add(self, loss: Tensor, correct: Tensor, rows: int | Tensor) -> None:
         """A step's mean loss, and how many of its rows the model got right."""
-        if self.task == "regression":
-            self.loss, self.rows = loss, 1
-        else:
-            self.loss = self.loss + loss.double() * rows  # () on the device: no wait in the loop
-            self.correct = self.correct + correct
-            self.rows = self.rows + rows
+        self._task.add(self, loss, correct, rows)
 
-    def values(self) -> dict[str, float]:
-        loss = float(self.loss) / int(self.rows)
-        if self.task == "regression":
-            return {"training_mse": loss, "training_rmse": math.sqrt(loss)}
-        return {"training_loss": loss, "training_accuracy": float(self.correct) / int(self.rows)}
+    def values(self) -> Metrics:
+        return self._task.training(float(self.loss) / int(self.rows), int(self.correct), int(self.rows))
+
+
+class Task(ABC):
+    """What is learned: a loss, and the metrics that come of it."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        """(n, outputs), targets -> (), or with reduction "none" a loss for each element."""
+
+    def correct(self, output: Tensor, y: Tensor) -> Tensor:
+        """int64 (): how many rows the model got right; 0 where there is no right and wrong."""
+        return torch.zeros((), dtype=torch.int64, device=y.device)
+
+    def add(self, metrics: TrainMetrics, loss: Tensor, correct: Tensor, rows: int | Tensor) -> None:
+        """Sums over the epoch's rows."""
+        metrics.loss = metrics.loss + loss.double() * rows  # () on the device: no wait in the loop
+        metrics.correct = metrics.correct + correct
+        metrics.rows = metrics.rows + rows
+
+    @abstractmethod
+    def training(self, loss: float, correct: int, rows: int) -> Metrics:
+        """The training metrics by name, of the mean loss."""
+
+    @abstractmethod
+    def testing(self, loss: float, correct: int, rows: int, data: Data) -> dict[str, float]:
+        """The test set's metrics by name, of the mean loss."""
+
+
+class Regression(Task):
+    """Mean squared error; in training that of the epoch's last step, in its own batch."""
+
+    def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        return F.mse_loss(output, y, reduction=reduction)
+
+    def add(self, metrics: TrainMetrics, loss: Tensor, correct: Tensor, rows: int | Tensor) -> None:
+        metrics.loss, metrics.rows = loss, 1
+
+    def training(self, loss: float, correct: int, rows: int) -> Metrics:
+        return {"training_mse": loss, "training_rmse": math.sqrt(loss)}
+
+    def testing(self, loss: float, correct: int, rows: int, data: Data) -> dict[str, float]:
+        rmse = math.sqrt(loss)
+        return {"testing_mse": loss, "testing_rmse": rmse, "testing_rmse_target_units": rmse * data.target_deviation}
+
+
+class Classification(Task):
+    """Cross entropy and accuracy; in training means over the epoch's rows, as they were trained on."""
+
+    def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(output, y, reduction=reduction)
+
+    def correct(self, output: Tensor, y: Tensor) -> Tensor:
+        return (output.detach().argmax(1) == y).sum()
+
+    def training(self, loss: float, correct: int, rows: int) -> Metrics:
+        return {"training_loss": loss, "training_accuracy": float(correct) / rows}
+
+    def testing(self, loss: float, correct: int, rows: int, data: Data) -> dict[str, float]:
+        return {"testing_loss": loss, "testing_accuracy": correct / rows}
+
+
+TASKS: dict[str, Task] = {"regression": Regression(), "classification": Classification()}
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Data, task: str, check: Callable[[], None] | None = None) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Data, task: Task, check: Callable[[], None] | None = None) -> dict[str, float]:
     """Means over all test rows, summed in float64; the model rounds as in training. check: called now and then."""
     model.eval()
     loss, correct = 0.0, 0
-    count = len(split.test_x)
-    for rows, truth in zip(split.test_x.split(EVALUATION_ROWS), split.test_y.split(EVALUATION_ROWS), strict=True):
+    count = len(data.test_x)
+    for rows, targets in zip(data.test_x.split(EVALUATION_ROWS), data.test_y.split(EVALUATION_ROWS), strict=True):
         if check:
             check()
-        output = model(split.features(rows))
-        loss += float(loss_of(output, truth, task, "none").double().sum())
-        if task == "classification":
-            correct += int(count_correct(output, truth, task))
-    loss /= count
-    if task == "classification":
-        return {"testing_loss": loss, "testing_accuracy": correct / count}
-    rmse = math.sqrt(loss)
-    return {"testing_mse": loss, "testing_rmse": rmse, "testing_rmse_target_units": rmse * split.target_deviation}
+        output = model(data.features(rows))
+        loss += float(task.loss(output, targets, "none").double().sum())
+        correct += int(task.correct(output, targets))
+    return task.testing(loss / count, correct, count, data)
 
 
-def wandb_keys(metrics: dict[str, float | int | None]) -> dict[str, float | int | None]:
+def wandb_keys(metrics: Metrics) -> Metrics:
     """training_mse -> Training.MSE."""
-    named = {}
+    named: Metrics = {}
     for name, value in metrics.items():
         phase, _, what = name.partition("_")
         if phase in ("training", "testing", "averaged"):

@@ -70,9 +70,13 @@ class Processes:
         """For each flag, whether it is set in any of the processes."""
         if self.count == 1:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.uint8)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return told.bool().tolist()
+        everywhere = torch.tensor(flags, dtype=torch.uint8)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX)
+        return everywhere.bool().tolist()
+
+    def any_of(self, flag: bool) -> bool:
+        """Whether the flag is set in any of the processes."""
+        return self.any(flag)[0]
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process, everywhere."""
@@ -97,7 +101,7 @@ class Processes:
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, digest.hexdigest())
-        if other := [rank for rank, theirs in enumerate(found) if theirs != found[0]]:
-            raise RuntimeError(f"process {other[0]} of {self.count} has other weights than the first one")
+        digests: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(digests, digest.hexdigest())
+        if different := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
+            raise RuntimeError(f"process {different[0]} of {self.count} has other weights than the first one")

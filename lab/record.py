@@ -94,7 +94,7 @@ def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int
 
     Without the epochs, and last, those that have no checkpoint yet and begin anew.
     """
-    found = []
+    records = []
     for folder in [Path(output_dir) / name, *siblings(Path(output_dir) / name, "partial")]:
         if (folder.name == name and status(folder) in REPLACING) or not (folder / "config.json").is_file():
             continue
@@ -108,8 +108,8 @@ def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int
             pass
         except OSError:  # in use, or nothing to write to
             continue
-        found.append((folder, epochs))
-    return sorted(found, key=lambda one: -one[1])
+        records.append((folder, epochs))
+    return sorted(records, key=lambda record: -record[1])
 
 
 def siblings(final: Path, kind: str) -> list[Path]:

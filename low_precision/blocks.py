@@ -24,11 +24,11 @@ def rows(x: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
     if fmt.block in ("row", "column"):
         line = x if fmt.block == "row" else x.movedim(1, 0)
         return line.reshape(line.shape[0], -1).contiguous()
-    line = x.movedim(dim, -1)
+    line, size = x.movedim(dim, -1), int(fmt.block)
     length = line.shape[-1]
-    if length % fmt.block:
-        line = torch.nn.functional.pad(line, (0, -length % fmt.block))
-    return line.reshape(-1, fmt.block).contiguous()
+    if length % size:
+        line = torch.nn.functional.pad(line, (0, -length % size))
+    return line.reshape(-1, size).contiguous()
 
 
 def restore(blocks: Tensor, like: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
@@ -38,26 +38,26 @@ def restore(blocks: Tensor, like: Tensor, fmt: BlockFormat, dim: int) -> Tensor:
     elif fmt.block == "column":
         line = blocks.reshape(like.movedim(1, 0).shape).movedim(0, 1)
     else:
-        shape = like.movedim(dim, -1).shape
-        padded = -(-shape[-1] // fmt.block) * fmt.block
+        shape, size = like.movedim(dim, -1).shape, int(fmt.block)
+        padded = -(-shape[-1] // size) * size
         line = blocks.reshape(*shape[:-1], padded)[..., : shape[-1]].movedim(-1, dim)
     return line if line.stride() == like.stride() else torch.empty_like(like).copy_(line)
 
 
-def maxima(blocks: Tensor, largest: float) -> Tensor:
+def maxima(blocks: Tensor, type_largest: float) -> Tensor:
     """The largest magnitude of each row, NaNs aside: (blocks, elements of a block) -> (blocks, 1).
 
-    largest: the largest finite value of the tensor's type, for which infinities stand.
+    type_largest: the largest finite value of the tensor's type, for which infinities stand.
     """
     if blocks.numel() == 0:
         return blocks.new_zeros(len(blocks), 1)
-    return blocks.abs().nan_to_num_(nan=0.0, posinf=largest).amax(1, keepdim=True)
+    return blocks.abs().nan_to_num_(nan=0.0, posinf=type_largest).amax(1, keepdim=True)
 
 
-def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
+def scales(largest_in: Tensor, fmt: BlockFormat, type_largest: float) -> Tensor:
     """The scale of each block, from the largest magnitude in it; see BlockFormat. 1 where there is nothing but zeros.
 
-    (blocks, 1) -> float64 (blocks, 1). largest: the largest finite value of the tensor's type.
+    (blocks, 1) -> float64 (blocks, 1). type_largest: the largest finite value of the tensor's type.
     """
     if largest_in.numel() == 0:
         return largest_in.double()
@@ -66,8 +66,8 @@ def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
         exponent = torch.frexp(largest_in)[1] - math.frexp(fmt.element.largest)[1]
         scale = torch.ldexp(torch.ones_like(largest_in), exponent.clamp(-127, 127))
     else:
-        wanted = largest_in.clamp(max=counted(largest)) / fmt.element.largest
-        tensor = tensor_scale(float(largest_in.amax()), fmt, largest)
+        wanted = largest_in.clamp(max=counted(type_largest)) / fmt.element.largest
+        tensor = tensor_scale(float(largest_in.amax()), fmt, type_largest)
         wanted = (wanted / tensor).clamp(fmt.scale.smallest_subnormal, fmt.scale.largest)
         place = torch.frexp(wanted.clamp(min=fmt.scale.smallest_normal))[1] - fmt.scale.mantissa_bits - 1
         step = torch.ldexp(torch.ones_like(wanted), place)
@@ -75,15 +75,16 @@ def scales(largest_in: Tensor, fmt: BlockFormat, largest: float) -> Tensor:
     return scale.masked_fill(largest_in == 0, 1.0)
 
 
-def counted(largest: float) -> float:
+def counted(type_largest: float) -> float:
     """The largest magnitude that a scale of NVFP4 follows: element.largest times it, rounded up by at most 1/16, must
     stay finite.
     """
-    return largest * (15 / 16)
+    return type_largest * (15 / 16)
 
 
-def tensor_scale(largest_in: float, fmt: BlockFormat, largest: float) -> float:
+def tensor_scale(largest_in: float, fmt: BlockFormat, type_largest: float) -> float:
     """The tensor's own scale, a power of two, where a block's is a number of a format; largest_in: of all elements."""
-    mantissa, exponent = math.frexp(min(largest_in, counted(largest)) / fmt.element.largest / fmt.scale.largest)
+    assert fmt.scale is not None
+    mantissa, exponent = math.frexp(min(largest_in, counted(type_largest)) / fmt.element.largest / fmt.scale.largest)
     exponent -= mantissa <= 0.5  # the smallest power of two not below
     return math.ldexp(1.0, min(max(exponent, -120), 127))  # all products of a value, a scale and this: float32 numbers

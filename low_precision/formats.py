@@ -1,4 +1,4 @@
-"""What a number format is, and how a number is rounded to it. No torch here: `main.py --help` loads this file.
+"""What a number format is, and the table of formats. No torch here: `main.py --help` loads this file.
 
 A format is frozen data; an engine (engines/) does the rounding. A new format is one row of `NAMED`.
 
@@ -8,16 +8,11 @@ which have one spacing), and formats whose numbers share a scale block by block 
 
 from __future__ import annotations
 
-import difflib
-import enum
 import functools
 import re
 from dataclasses import dataclass
 
-# Where a training step rounds, in the order in which one step passes them (README, "Sites").
-ALL_SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum")  # what "all" means
-ADDED_SITES = ("accumulator", "compensation")  # there only when asked for, in float32 too
-SITES = ALL_SITES + ADDED_SITES
+from low_precision.errors import SettingError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -100,78 +95,6 @@ class BlockFormat:
         return f"{self.element.bits} per {self.block}"
 
 
-class Rounding(enum.Enum):
-    """Which neighbour a value between two neighbours of the format becomes. A value of the format never moves."""
-
-    NEAREST = "nearest"  # ties to the neighbour whose code is even (IEEE 754-2019, 4.3.1)
-    NEAREST_AWAY = "nearest_away"  # ties to the larger in magnitude
-    TOWARD_ZERO = "toward_zero"  # no ties: the smaller in magnitude
-    UP = "up"  # no ties: the larger
-    DOWN = "down"  # no ties: the smaller
-    STOCHASTIC = "stochastic"  # x in (a, b) becomes b with probability (x - a) / (b - a) (Croci et al. 2022)
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class FewBits:
-    """Stochastic rounding with `bits` random bits r: up where (x - a) / (b - a) + r * 2**-bits >= 1, in magnitudes.
-
-    So the probability is a multiple of 2**-bits, cut off: on average 2**-(bits + 1) of a gap toward zero. With
-    `half_offset`, r + 1/2 stands for r: the probability is rounded to the nearest multiple, and the average error is 0
-    (Fitzgibbon and Felix 2025, arXiv:2504.20634; El Arar et al. 2024, arXiv:2408.03069).
-    """
-
-    bits: int
-    half_offset: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 23:
-            raise ValueError(f"random bits: given {self.bits!r}, allowed: a whole number, 1 .. 23")
-
-    def __str__(self) -> str:
-        return f"stochastic:{self.bits}" + (":half" if self.half_offset else "")
-
-
-def is_random(rounding: Rounding | FewBits) -> bool:
-    """Whether it takes random bits."""
-    return rounding is Rounding.STOCHASTIC or isinstance(rounding, FewBits)
-
-
-ROUNDING_NAMES = f"{', '.join(rounding.value for rounding in Rounding)}, or stochastic:R[:half] (1<=R<=23 random bits)"
-
-
-@functools.cache
-def rounding_named(name: str) -> Rounding | FewBits:
-    """The rounding of that name: a value of `Rounding`, or stochastic:R[:half]. ValueError for any other."""
-    match = re.fullmatch(r"stochastic:([1-9]\d?)(:half)?", name)
-    if match and int(match[1]) <= 23:
-        return FewBits(int(match[1]), bool(match[2]))
-    try:
-        return Rounding(name)
-    except ValueError:
-        raise ValueError(f"no rounding {name!r}; allowed: {ROUNDING_NAMES}") from None
-
-
-class Overflow(enum.Enum):
-    """What a value beyond the largest finite one becomes."""
-
-    SATURATE = "saturate"  # the largest finite value with its sign; infinities too
-    INFINITY = "infinity"  # infinity, except where a directed rounding leads back to `largest` (IEEE 754-2019, 7.4)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one site is rounded."""
-
-    format: Format | BlockFormat
-    rounding: Rounding | FewBits
-
-    def __str__(self) -> str:
-        return self.format.name if self.format == FLOAT32 else f"{self.format.name}:{self.rounding}"
-
-
 def _ieee(name: str, exponent_bits: int, mantissa_bits: int, source: str) -> Format:
     """IEEE 754 conventions: the top exponent holds infinities and, where there is a mantissa, NaNs."""
     bias = 2 ** (exponent_bits - 1) - 1
@@ -237,13 +160,16 @@ _ANY = "eXmY (2<=X<=8, 0<=Y<=23), fixedW.F[s] (2<=W<=25, 0<=F<=126), bfpW[_row|_
 FORMAT_NAMES = f"{', '.join([*NAMED, *BLOCKS, *ALIASES])}, or {_ANY}"
 
 
+AnyFormat = Format | BlockFormat
+
+
 @functools.cache
-def format_named(name: str) -> Format | BlockFormat:
+def format_named(name: str) -> AnyFormat:
     """The format of that name: a row of `NAMED` or `BLOCKS`, an alias, or one of any width.
 
     eXmY: IEEE-like, of X and Y bits. fixedW.F: fixed point of W bits, F of them (or more than all) behind the point; s:
     symmetric. bfpW: W bits and one exponent for the tensor, for each row (index of the first dimension) or for each
-    column (index of the second). ValueError, with the nearest known name, for any other.
+    column (index of the second). SettingError, with the nearest known name, for any other.
     """
     name = ALIASES.get(name, name)
     if name in NAMED or name in BLOCKS:
@@ -262,32 +188,14 @@ def format_named(name: str) -> Format | BlockFormat:
         source = "qtorch.BlockFloatingPoint, arXiv:1910.04540"
         element = _fixed(word, word - 2, symmetric=True, name=f"fixed{word}.{word - 2}s", source=source)
         return BlockFormat(name, element, match[2].removeprefix("_") or "tensor", None, source)
-    near = difflib.get_close_matches(name, [*NAMED, *BLOCKS, *ALIASES], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"no format {name!r}{hint}; allowed: {FORMAT_NAMES}")
-
-
-def rule_of(spec: Rule | Format | BlockFormat | str, rounding: Rounding | FewBits | str = Rounding.NEAREST) -> Rule:
-    """The rule that `spec` says: a rule, a format, or a text "FORMAT[:ROUNDING]"; `rounding` where it names none.
-
-    ValueError for an unknown name, TypeError for another type.
-    """
-    if isinstance(spec, Rule):
-        return spec
-    rounding = rounding_named(rounding) if isinstance(rounding, str) else rounding
-    if isinstance(spec, Format | BlockFormat):
-        return Rule(spec, rounding)
-    if not isinstance(spec, str):
-        raise TypeError(f"given {spec!r}, allowed: FORMAT[:ROUNDING], a Format or a Rule")
-    name, colon, own = spec.partition(":")
-    if colon and own not in (known := [r.value for r in Rounding]):
-        raise ValueError(f"no rounding {own!r}; allowed: {', '.join(known)}")
-    return Rule(format_named(name), rounding_named(own) if colon else rounding)
+    raise SettingError("format", shown(name), FORMAT_NAMES, nearest(name, [*NAMED, *BLOCKS, *ALIASES]))
 
 
 def table() -> str:
     """The named formats, one a line: what `--list-formats` prints."""
-    rows = [("format", "bits", "largest", "smallest normal", "smallest subnormal", "unit roundoff", "has")]
+    rows: list[tuple[str, ...]] = [
+        ("format", "bits", "largest", "smallest normal", "smallest subnormal", "unit roundoff", "has")
+    ]
     for f in NAMED.values():
         has = [
             word for word, there in (("inf", f.has_infinity), ("nan", f.has_nan), ("-0", f.has_negative_zero)) if there

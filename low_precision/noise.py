@@ -16,16 +16,23 @@ from functools import lru_cache
 
 import torch
 
-_MASK64 = 2**64 - 1
 LOW_WORD = 2**31  # the draw of the low words of 64-bit ones
-_GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 over the golden ratio
+
+# The engines that have their own `word` and `mix64` read these numbers here.
+SHIFTS, MULTIPLIERS = (17, 11, 15, 14), (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB)  # triple32's
+MIX_SHIFTS, MIX_MULTIPLIERS = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64's finalizer
+GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 over the golden ratio
+
+_MASK64 = 2**64 - 1
+_SHIFT_0, _SHIFT_1, _SHIFT_2 = MIX_SHIFTS  # names of their own: mix64 is called for each rounding of a run
+_MULTIPLIER_0, _MULTIPLIER_1 = MIX_MULTIPLIERS
 
 
 def mix64(z: int) -> int:
     """splitmix64's finalizer: a bijection of 64 bits in which every input bit reaches every output bit."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+    z = ((z ^ (z >> _SHIFT_0)) * _MULTIPLIER_0) & _MASK64
+    z = ((z ^ (z >> _SHIFT_1)) * _MULTIPLIER_1) & _MASK64
+    return z ^ (z >> _SHIFT_2)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Key:
 
     def fold(self, number: int) -> Key:
         """A further key, one for each whole `number` >= 0: a step, a call."""
-        return Key(mix64((self.value + _GAMMA * (number + 1)) & _MASK64), self.first_row)
+        return Key(mix64((self.value + GAMMA * (number + 1)) & _MASK64), self.first_row)
 
     def first_element(self, rows: int, elements: int) -> int:
         """The index of the first of so many elements in so many rows."""
@@ -60,9 +67,9 @@ class Key:
     def parts(self, block: int = 0, draw: int = 0) -> tuple[int, int, int]:
         """The three 32-bit words that enter the hash, for elements [block * 2**32, (block + 1) * 2**32).
 
-        `draw` 0 is the word that rounds; 1, 2, ... are further words of the same elements (eager.py, `_round_far`).
+        `draw` 0 is the word that rounds; 1, 2, ... are further words of the same elements (eager.py, `_round_deep`).
         """
-        start = (self.value + _GAMMA * (1 + block + (draw << 32))) & _MASK64
+        start = (self.value + GAMMA * (1 + block + (draw << 32))) & _MASK64
         mixed, more = mix64(start), mix64(start ^ _MASK64)
         return mixed & 0xFFFFFFFF, mixed >> 32, more & 0xFFFFFFFF
 
@@ -72,7 +79,8 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-_MULTIPLIERS = tuple(_signed(word) for word in (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB))
+_SIGNED_MULTIPLIERS = tuple(_signed(word) for word in MULTIPLIERS)
+_MASKS = tuple(2 ** (32 - shift) - 1 for shift in SHIFTS)  # of the bits that a shift without the sign leaves
 
 
 @lru_cache(maxsize=4)
@@ -96,8 +104,8 @@ def hash_words(index: torch.Tensor, parts: tuple[int, int, int]) -> torch.Tensor
 
     int32 products wrap; `>>` keeps the sign, so the bits that it shifts in are masked away.
     """
-    x = index.bitwise_xor_(_signed(parts[0]))
-    x.bitwise_xor_((x >> 17).bitwise_and_(0x7FFF)).mul_(_MULTIPLIERS[0]).bitwise_xor_(_signed(parts[1]))
-    x.bitwise_xor_((x >> 11).bitwise_and_(0x1FFFFF)).mul_(_MULTIPLIERS[1]).bitwise_xor_(_signed(parts[2]))
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIERS[2])
-    return x.bitwise_xor_((x >> 14).bitwise_and_(0x3FFFF))
+    x = index
+    for part, shift, mask, multiplier in zip(parts, SHIFTS, _MASKS, _SIGNED_MULTIPLIERS, strict=False):
+        x.bitwise_xor_(_signed(part))
+        x.bitwise_xor_((x >> shift).bitwise_and_(mask)).mul_(multiplier)
+    return x.bitwise_xor_((x >> SHIFTS[3]).bitwise_and_(_MASKS[3]))

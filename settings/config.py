@@ -5,7 +5,6 @@ Each field carries its flag's help, its allowed values and its check; main.py ma
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -13,32 +12,29 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from data import DATASETS
-from low_precision.formats import (
-    ADDED_SITES,
-    ALL_SITES,
-    FLOAT32,
-    SITES,
-    BlockFormat,
-    Overflow,
-    Rounding,
-    Rule,
-    format_named,
-    is_random,
-    rounding_named,
-)
+from low_precision.errors import SettingError, nearest, shown
+from low_precision.formats import FLOAT32, BlockFormat, format_named
+from low_precision.rounding import Overflow, Rounding, is_random, rounding_named
+from low_precision.rules import ADDED_SITES, ALL_SITES, SITES, Rule, check_rules, is_there, site_rule
 from settings import kinds
 from settings.kinds import Kind
 
-MODELS = ("linear", "mlp", "cnn", "resnet20")  # models.BUILDERS builds them
+MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20")  # models.MODELS builds them
 IMAGE_MODELS = ("cnn", "resnet20")
 
-# Where a run is recorded, tracked or computed: another run all the same is the same run.
+# These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
-RULES_FIELDS = ("precision", "rounding", "quantize", "site")  # what decides of them is in Config.rules
+RULES_FIELDS = ("precision", "rounding", "quantize", "site")  # what they decide is in Config.rules
 
 
-class ConfigError(ValueError):
+class ConfigError(SettingError):
     """A setting that is not allowed: one line that names the flag, what was given and what is allowed."""
+
+    @classmethod
+    def of(cls, error: SettingError) -> ConfigError:
+        """The same of a flag, from what the library says of a setting."""
+        name = error.setting and flag(error.setting)
+        return cls(name, error.value, error.allowed, error.nearest, error.note)
 
 
 def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: str | None = None) -> Any:
@@ -61,14 +57,14 @@ class Config:
     data_dir: str | None = _setting(
         None,
         "data",
-        kinds.or_none(Kind("a folder", kinds.text)),
+        kinds.or_none(kinds.FOLDER),
         "where downloads are kept, or already lie",
         default_text="the user's cache folder",
     )
     model: str | None = _setting(
         None,
         "training",
-        kinds.or_none(kinds.one_of(*MODELS)),
+        kinds.or_none(kinds.one_of(*MODEL_NAMES)),
         "model; cnn and resnet20 need images",
         default_text="the data set's own",
     )
@@ -140,7 +136,7 @@ class Config:
         kinds.one_of("auto", "eager", "fused", "qtorch"),
         "rounding engine; qtorch runs qtorch itself",
     )
-    output_dir: str = _setting("runs", "records", Kind("a folder", kinds.text), "where records go")
+    output_dir: str = _setting("runs", "records", kinds.FOLDER, "where records go")
     checkpoint_every: str = _setting(
         "1m",
         "records",
@@ -154,17 +150,17 @@ class Config:
         "Weights & Biases; auto: WANDB_MODE, else online with an API key, else offline",
     )
     wandb_project: str | None = _setting(
-        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb project", default_text="low-precision-ml"
+        None, "records", kinds.or_none(kinds.NAME), "wandb project", default_text="low-precision-ml"
     )
     wandb_entity: str | None = _setting(
-        None, "records", kinds.or_none(Kind("a name", kinds.text)), "wandb entity", default_text="wandb's own setting"
+        None, "records", kinds.or_none(kinds.NAME), "wandb entity", default_text="wandb's own setting"
     )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if (meant := _convert(f, value)) != value:
-                raise refused(f.name, value, f"{meant!r}; Config.make takes the other spellings too")
+            if (converted := _convert(f, value)) != value:
+                raise refused(f.name, value, f"{converted!r}; Config.make takes the other spellings too")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -176,17 +172,15 @@ class Config:
             rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
             raise refused("test_split", self.test_split, rows)
         if self.model_name in IMAGE_MODELS and len(spec.shape) != 3:
-            known = ", ".join(name for name in MODELS if name not in IMAGE_MODELS)
+            known = ", ".join(name for name in MODEL_NAMES if name not in IMAGE_MODELS)
             raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
         if self.momentum and self.optimizer != "sgd":
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
         rules = self.rules()
-        if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
-            raise refused("site", "compensation", "one beside rounded weights, without an accumulator")
-        if self.overflow == "infinity":
-            for site, rule in rules.items():
-                if not rule.format.has_infinity:
-                    raise refused("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+        try:
+            check_rules(rules, Overflow(self.overflow))
+        except SettingError as error:
+            raise ConfigError.of(error) from None
         if self.backend == "qtorch":
             self._check_qtorch(rules)
 
@@ -210,8 +204,7 @@ class Config:
         known = {f.name: f for f in fields(cls)}
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise ConfigError(f"setting {name!r}: unknown" + (f"; did you mean {near[0]}?" if near else ""))
+                raise ConfigError(None, f"the setting {name!r}", "one of Config's fields", nearest(name, known))
         return cls(**{name: _convert(known[name], value) for name, value in settings.items()})
 
     @classmethod
@@ -219,7 +212,7 @@ class Config:
         """ConfigError for what `make` does not take, ValueError for what is not JSON."""
         settings = json.loads(text)
         if not isinstance(settings, dict):
-            raise ConfigError("a config is a JSON object: settings by name")
+            raise ConfigError(None, type(settings).__name__, "a JSON object: settings by name")
         return cls.make(**settings)
 
     def to_json(self) -> str:
@@ -240,12 +233,9 @@ class Config:
     def rules(self) -> dict[str, Rule]:
         """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
         base = format_named(self.precision)
-        found = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
-        for text in self.site:
-            site, rule = kinds.override(text, self.rounding)
-            found[site] = rule
-        # A site in float32 is not rounded; but an accumulator in float32 is there, where none was.
-        return {s: found[s] for s in SITES if s in found and (found[s].format != FLOAT32 or s in ADDED_SITES)}
+        rules = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
+        rules |= dict(site_rule(text, self.rounding) for text in self.site)
+        return {site: rules[site] for site in SITES if site in rules and is_there(site, rules[site])}
 
     @property
     def label(self) -> str:
@@ -268,22 +258,26 @@ class Config:
         return f"{self.name}-{_digest(self._decisive())}"
 
     def differences(self, other: Config) -> list[str]:
-        """The fields in which the two are different runs, each in one text: "--seed 42, not 43"."""
+        """The names of the fields in which the two are different runs."""
         ours, theirs = self._decisive(), other._decisive()
-        names = [name for name in ours if ours[name] != theirs[name]]
+        names = {name for name in ours if ours[name] != theirs[name]}
         if "rules" in names:
-            names += [name for name in RULES_FIELDS if getattr(self, name) != getattr(other, name)]
-        told = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
-        return [f"{flag(name)} {_given(getattr(self, name))}, not {_given(getattr(other, name))}" for name in told]
+            names |= set(RULES_FIELDS)
+        return [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
+
+    def told_differences(self, other: Config) -> list[str]:
+        """`differences`, each as a text: "--seed 42, not 43"."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.differences(other)}
+        return [f"{flag(name)} {_shown(ours)}, not {_shown(theirs)}" for name, (ours, theirs) in pairs.items()]
 
     def _decisive(self) -> dict[str, Any]:
         """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference."""
         rules = self.rules()
-        own = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
+        others = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
         for name in (*INDECISIVE, *RULES_FIELDS):
-            del own[name]
+            del others[name]
         stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in rules.values())
-        return own | {
+        return others | {
             "rules": {site: str(rule) for site, rule in rules.items()},
             "model": self.model_name,
             "rounding_seed": self.noise_seed if stochastic else None,
@@ -294,24 +288,22 @@ class Config:
 
 
 def _convert(f: Field, value: Any) -> Any:
+    kind: Kind = f.metadata["kind"]
     try:
-        return f.metadata["kind"].convert(value)
+        return kind.convert(value)
+    except SettingError as error:
+        raise refused(f.name, value, kind.allowed, error.nearest) from None
     except (TypeError, ValueError, OverflowError, AttributeError):
-        raise refused(f.name, value, f.metadata["kind"].allowed) from None
+        raise refused(f.name, value, kind.allowed) from None
 
 
-def refused(name: str, value: Any, allowed: str) -> ConfigError:
-    """What is wrong with a setting, in one line."""
-    return ConfigError(f"{flag(name)}: given {_given(value)}, allowed: {allowed}")
+def refused(name: str, value: Any, allowed: str, nearest_word: str | None = None) -> ConfigError:
+    """What is wrong with a setting, by the name of its field."""
+    return ConfigError(flag(name), _shown(value), allowed, nearest_word)
 
 
-def _given(value: Any) -> str:
-    return shown(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
-
-
-def shown(given: str) -> str:
-    """A text that was given, on one line; in quotes where it would not be seen."""
-    return given if given and given.isprintable() and given == given.strip() else repr(given)
+def _shown(value: Any) -> str:
+    return shown(",".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
 
 
 def flag(name: str) -> str:

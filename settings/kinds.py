@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from low_precision.formats import (
-    ALL_SITES,
-    FORMAT_NAMES,
-    ROUNDING_NAMES,
-    SITES,
-    Rounding,
-    Rule,
-    format_named,
-    rounding_named,
-    rule_of,
-)
+from low_precision.errors import SettingError, nearest, shown
+from low_precision.formats import FORMAT_NAMES, format_named
+from low_precision.rounding import ROUNDING_NAMES, rounding_named
+from low_precision.rules import ALL_SITES, SITES, site_rule
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting may be. `convert` takes a flag's text or a value, gives the value or raises ValueError."""
+    """What a setting may be.
+
+    allowed: that in words. convert: takes a flag's text or a value, gives the value, or raises ValueError; a
+    SettingError where it knows the nearest known word.
+    """
 
     allowed: str
     convert: Callable[[Any], Any]
 
 
 def whole(low: int, high: int | None = None) -> Kind:
+    """A whole number from `low` on, up to `high` where there is such a limit."""
+
     def convert(value: Any) -> int:
         n = int(value) if isinstance(value, str) else value
         if isinstance(n, bool) or not isinstance(n, int) or n < low or (high and n > high):
@@ -40,6 +40,8 @@ def whole(low: int, high: int | None = None) -> Kind:
 
 
 def number(allowed: str, inside: Callable[[float], bool]) -> Kind:
+    """A finite number for which `inside` holds."""
+
     def convert(value: Any) -> float:
         if isinstance(value, bool):
             raise ValueError
@@ -52,33 +54,48 @@ def number(allowed: str, inside: Callable[[float], bool]) -> Kind:
 
 
 def one_of(*names: str) -> Kind:
+    """One of these names."""
+    allowed = ", ".join(names)
+
     def convert(value: Any) -> str:
         if value not in names:
-            raise ValueError
+            raise SettingError(None, shown(value), allowed, nearest(value, names))
         return value
 
-    return Kind(", ".join(names), convert)
+    return Kind(allowed, convert)
 
 
 def or_none(kind: Kind) -> Kind:
+    """That, or None."""
     return Kind(kind.allowed, lambda value: None if value is None else kind.convert(value))
 
 
 def text(value: Any) -> str:
+    """A text that is not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError
     return value
 
 
+def folder(value: Any) -> str:
+    """A folder's path, its ~ expanded."""
+    return os.path.expanduser(text(value))
+
+
 def format_name(value: Any) -> str:
+    """A format's name, of an alias that of its format."""
     return format_named(text(value)).name
 
 
 def rounding_name(value: Any) -> str:
+    """A rounding's name."""
     return str(rounding_named(text(value)))
 
 
 def loss_scale(value: Any) -> float | str:
+    """A factor, or "dynamic"."""
+    if isinstance(value, str) and nearest(value, ("dynamic",)) and value != "dynamic":
+        raise SettingError(None, shown(value), "", "dynamic")
     return value if value == "dynamic" else FACTOR.convert(value)
 
 
@@ -87,7 +104,10 @@ def sites(value: Any) -> tuple[str, ...]:
     if value in ("all", "none"):
         return ALL_SITES if value == "all" else ()
     chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-    if not set(chosen) <= set(SITES) or len(set(chosen)) < len(chosen):
+    for name in chosen:
+        if name not in SITES:
+            raise SettingError(None, shown(value), "", nearest(name, (*SITES, "all", "none")))
+    if len(set(chosen)) < len(chosen):
         raise ValueError
     return tuple(site for site in SITES if site in chosen)
 
@@ -95,23 +115,16 @@ def sites(value: Any) -> tuple[str, ...]:
 def overrides(value: Any) -> tuple[str, ...]:
     """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
     texts = (value,) if isinstance(value, str) else tuple(value)
-    named = [override(given, Rounding.NEAREST.value)[0] for given in texts]
+    named = [site_rule(one)[0] for one in texts]
     if len(set(named)) < len(named):
         raise ValueError
     return texts
 
 
-def override(given: str, rounding: str) -> tuple[str, Rule]:
-    """The site and its rule; `rounding` where it names none."""
-    site, equals, how = given.partition("=")
-    if site not in SITES or not equals:
-        raise ValueError
-    return site, rule_of(how, rounding)
-
-
 def patterns(value: Any) -> tuple[str, ...]:
+    """Name patterns, at least one, from "stage1.*,fc" or a sequence of them; none that no flag could name."""
     chosen = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(pattern, str) and pattern for pattern in chosen):
+    if not chosen or any(not pattern or pattern != pattern.strip() or "," in pattern for pattern in chosen):
         raise ValueError
     return chosen
 
@@ -132,10 +145,12 @@ def epochs_or_seconds(every: str) -> tuple[int | None, float | None]:
     return None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
 SEED = whole(0, 2**32 - 1)
 # Up to 1e30: float32 ends at 3.4e38, and beyond it torch fails instead of diverging.
 POSITIVE = number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
 NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
 FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
 FORMAT = Kind(FORMAT_NAMES, format_name)
+ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
+FOLDER = Kind("a folder", folder)
+NAME = Kind("a name", text)

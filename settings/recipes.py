@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from low_precision.errors import nearest
 from settings.config import flag, refused
 
 
@@ -100,16 +101,19 @@ def _texts(value: Any) -> list[str]:
 
 
 def with_recipe(recipe: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings, with the explicit ones over them; of `site`, those for the same site."""
+    """The recipe's settings, with the explicit ones over them; of `site`, those for the same site.
+
+    ConfigError for a recipe that does not exist.
+    """
     if recipe is None:
         return dict(settings)
     if recipe not in RECIPES:
-        raise refused("recipe", recipe, ", ".join(RECIPES))
-    its = RECIPES[recipe].settings
-    merged = {**its, **settings}
-    if "site" in settings and "site" in its:
+        raise refused("recipe", recipe, ", ".join(RECIPES), nearest(recipe, RECIPES))
+    from_recipe = RECIPES[recipe].settings
+    merged = {**from_recipe, **settings}
+    if "site" in settings and "site" in from_recipe:
         explicit = [settings["site"]] if isinstance(settings["site"], str) else settings["site"]
-        named = {text.partition("=")[0] for text in explicit}
-        kept = [text for text in its["site"] if text.partition("=")[0] not in named]
+        sites = {text.partition("=")[0] for text in explicit}
+        kept = [text for text in from_recipe["site"] if text.partition("=")[0] not in sites]
         merged["site"] = (*kept, *explicit)
     return merged

@@ -224,10 +224,10 @@ def _unpickle(path: Path, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         labels, data = np.asarray(batch["labels"]), np.asarray(batch["data"])
     except Exception as error:  # a malformed pickle can raise anything
         raise ValueError(f"{path}: not a pickled batch of CIFAR-10 ({type(error).__name__}: {error})") from error
-    found = f"data {data.dtype} {data.shape}, labels {labels.dtype} {labels.shape}"
+    layout = f"data {data.dtype} {data.shape}, labels {labels.dtype} {labels.shape}"
     right = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072 and len(data) >= 1
     if not right or labels.dtype.kind not in "iu" or labels.shape != (len(data),):
-        raise ValueError(f"{path}: {found}; must be uint8 (n, 3072) and whole numbers (n,), n >= 1")
+        raise ValueError(f"{path}: {layout}; must be uint8 (n, 3072) and whole numbers (n,), n >= 1")
     return labels, np.ascontiguousarray(data)
 
 

@@ -1,70 +1,17 @@
-"""What every test stands on: no account, setting or thread count of whoever runs it, and the command line at hand."""
+"""The fixtures of every test: no account, setting or thread count of whoever runs it, and the command line at hand."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+from run_helpers import NOISY_BOSTON, ROOT, Ran, only, signal_after
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, here and in child processes
-
-ROOT = Path(__file__).parent.parent
-CIFAR10_FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def strict_json(text: str):
-    """The value of a JSON text; ValueError for NaN and Infinity, which Python's json would take."""
-    return json.loads(text, parse_constant=_no_constant)
-
-
-def write_cifar10(folder, count=40, seed=0):
-    """A made-up CIFAR-10 in the binary layout: six files of `count` records. Returns labels and pixels."""
-    rng = np.random.default_rng(seed)
-    batches = []
-    for name in CIFAR10_FILES:
-        labels = rng.integers(0, 10, count)
-        pixels = rng.integers(0, 256, (count, 3, 32, 32)) // (1 + labels[:, None, None, None])  # dark: a high class
-        records = np.concatenate([labels[:, None], pixels.reshape(count, -1)], axis=1)
-        (folder / name).write_bytes(records.astype(np.uint8).tobytes())
-        batches.append((labels, pixels))
-    return batches
-
-
-@dataclass
-class Ran:
-    """What one call of main.py came to."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        """Where the record lies."""
-        return Path(self.out.split("record: ")[1].splitlines()[0])
-
-    @property
-    def summary(self) -> dict:
-        return strict_json((self.folder / "summary.json").read_text())
-
-    @property
-    def config(self) -> dict:
-        return strict_json((self.folder / "config.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict]:
-        return [strict_json(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,12 +48,43 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def bare_wandb(monkeypatch, tmp_path_factory):
+    """No wandb setting, key or netrc of whoever runs the tests; a home of their own."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_") or name == "NETRC":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP as in a terminal: under nohup it is ignored, and a run then leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def script():
     """The words that start main.py in a process of its own."""
     return [sys.executable, str(ROOT / "main.py")]
 
 
+@pytest.fixture(scope="session")
+def stopped_run(isolated, tmp_path_factory):
+    """The record of a run that was stopped after ten steps, made once: tests work on copies of it."""
+    import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("stopped")
+        patch.chdir(place)
+        signal_after(patch, 10)
+        assert main.main([str(word) for word in [*NOISY_BOSTON, "--momentum", 0.9]]) == 143
+    return only(place / "runs")
+
+
 def _in_child(folder: str, arguments: list[str], before: str) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it
     os.chdir(folder)
     for fd, name in ((0, os.devnull), (1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
@@ -144,3 +122,14 @@ def child(forks, tmp_path):
         return Ran(process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text())
 
     return call
+
+
+@pytest.fixture
+def archive_server(monkeypatch):
+    """A server of archives on this machine."""
+    from cifar10_helpers import Server
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    yield server
+    server.close()

@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from low_precision.formats import Format, Rounding
+from low_precision.formats import Format
+from low_precision.rounding import Rounding
 
 
 def values(fmt: Format) -> list[float]:
@@ -70,3 +71,18 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Where two float32 arrays agree: the same bits, or both NaN."""
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return (a.view(np.int32) == b.view(np.int32)) | (np.isnan(a) & np.isnan(b))
+
+
+def index_of_word(word: int, parts: tuple[int, int, int]) -> int:
+    """The index at which a key with these parts has that random word: noise.hash_words, a bijection, backwards."""
+
+    def unshifted(x: int, shift: int) -> int:
+        y = x
+        for _ in range(32 // shift):
+            y = x ^ (y >> shift)
+        return y
+
+    x = unshifted(word, 14)
+    for factor, part, shift in ((0x31848BAB, parts[2], 15), (0xAC4C1B51, parts[1], 11), (0xED5AD4BB, parts[0], 17)):
+        x = unshifted(x * pow(factor, -1, 2**32) % 2**32, shift) ^ part
+    return x

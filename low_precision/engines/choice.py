@@ -1,4 +1,4 @@
-"""Which engine rounds a tensor. Another engine is a file in this folder with `quantize`, and an entry here.
+"""Which engine rounds a tensor. Another engine is a file in this folder with `quantize`, and a name here.
 
 All but qtorch give the same bits, so nothing but the time depends on the choice.
 """
@@ -14,10 +14,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from low_precision.formats import FLOAT32, BlockFormat, FewBits, Format, Overflow, Rounding
+from low_precision.errors import SettingError, nearest
+from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.noise import Key
+from low_precision.rounding import AnyRounding, Overflow
 
-ENGINES = ("eager", "fused", "qtorch")
+ENGINES = ("eager", "fused", "qtorch")  # those to choose; CUDA's is chosen by the device
 
 # "auto" on the CPU: loading the fused engine takes about a second, in which it may compile more than one loop, and then
 # pays for itself. So it is loaded once the eager engine has taken that long: never more than twice the best choice.
@@ -26,22 +28,22 @@ _spent = 0.0  # seconds in the eager engine, under "auto"
 
 
 def check(backend: str) -> None:
-    """ValueError for a name that is not allowed."""
+    """SettingError for a name that is not allowed."""
     if backend != "auto" and backend not in ENGINES:
-        raise ValueError(f"backend: given {backend!r}, allowed: auto, {', '.join(ENGINES)}")
+        raise SettingError("backend", repr(backend), f"auto, {', '.join(ENGINES)}", nearest(backend, ENGINES))
 
 
 def quantize(
     x: Tensor,
-    format: Format | BlockFormat,
-    rounding: Rounding | FewBits,
+    format: AnyFormat,
+    rounding: AnyRounding,
     overflow: Overflow,
     key: Key | None,
     dim: int,
     out: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """quant.quantize, its arguments checked, but for `backend`."""
+    """tensor.quantize, its arguments checked, but for `backend`."""
     check(backend)
     if x.numel() == 0 or (format == FLOAT32 and x.dtype != torch.float64):
         return x.clone() if out is None else out.copy_(x)
@@ -50,28 +52,48 @@ def quantize(
 
         result = qtorch.quantize(x.float(), format, rounding, overflow).to(x.dtype)
         return result if out is None else out.copy_(result)
-    arguments = (x, format, rounding, overflow, key, dim, out)
     if x.device.type == "cuda" and backend != "eager":
-        return _or_eager("cuda").quantize(*arguments)
-    if x.device.type != "cpu" or backend == "eager":
-        return _load("eager").quantize(*arguments)
-    if backend == "fused":
-        return _load("fused").quantize(*arguments)
+        engine = _or_eager("cuda")
+    elif x.device.type != "cpu" or backend == "eager":
+        engine = _load("eager")
+    elif backend == "fused":
+        engine = _load("fused")
+    elif _spent >= LOAD_SECONDS:
+        engine = _or_eager("fused")
+    else:
+        return _timed(x, format, rounding, overflow, key, dim, out)
+    rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
+    return rounded
+
+
+def _timed(
+    x: Tensor,
+    format: AnyFormat,
+    rounding: AnyRounding,
+    overflow: Overflow,
+    key: Key | None,
+    dim: int,
+    out: Tensor | None,
+) -> Tensor:
+    """The eager engine, and how long it takes in all."""
     global _spent
-    if _spent >= LOAD_SECONDS:
-        return _or_eager("fused").quantize(*arguments)
     start = time.perf_counter()
-    result = _load("eager").quantize(*arguments)
+    rounded: Tensor = _load("eager").quantize(x, format, rounding, overflow, key, dim, out)
     _spent += time.perf_counter() - start
-    return result
+    return rounded
 
 
 def in_use(backend: str, device: torch.device) -> str:
     """The name of the engine that rounds now, for the record."""
     if backend != "auto":
         return backend
-    name = "cuda" if device.type == "cuda" else "fused" if _spent >= LOAD_SECONDS else "eager"
-    return (name if name == "eager" else _or_eager(name).__name__).removeprefix("")
+    if device.type == "cuda":
+        engine = _or_eager("cuda")
+    elif _spent >= LOAD_SECONDS:
+        engine = _or_eager("fused")
+    else:
+        return "eager"
+    return engine.__name__.rpartition(".")[2]
 
 
 @functools.cache
@@ -83,14 +105,15 @@ def _load(name: str) -> ModuleType:
 def _or_eager(name: str) -> ModuleType:
     """That engine, or with a warning, once, the eager one where it does not load."""
     try:
-        return importlib.import_module(f"{__package__}.{name}")
+        return _load(name)
     except Exception as error:  # an incomplete or broken installation can raise anything
-        warnings.warn(f"{name} does not load ({error}); rounding with the slower eager engine", stacklevel=2)
+        told = f"low_precision.engines.{name} does not load ({error}); rounding with the slower eager engine"
+        warnings.warn(told, stacklevel=2)
         return _load("eager")
 
 
 @functools.cache
-def holds(dtype: torch.dtype, format: Format | BlockFormat) -> bool:
+def holds(dtype: torch.dtype, format: AnyFormat) -> bool:
     """Whether numbers of that floating-point type become numbers of the same type when they are rounded to `format`.
 
     A value of the type lies on the format's grid, or its neighbours there have no more digits than itself. So what
@@ -100,9 +123,9 @@ def holds(dtype: torch.dtype, format: Format | BlockFormat) -> bool:
         return True
     if dtype not in (torch.float16, torch.bfloat16):
         return False
-    there = torch.finfo(dtype)
+    limits = torch.finfo(dtype)
     if isinstance(format, BlockFormat):
         return format.scale is None or dtype == torch.bfloat16  # a scale of NVFP4 may be larger than its block's needs
-    within = format.largest <= there.max
-    exact = all(float(torch.tensor(v).to(dtype)) == v for v in (format.largest, format.lowest))
-    return exact if within else 2.0**-format.mantissa_bits <= there.eps
+    if format.largest > limits.max:
+        return bool(2.0**-format.mantissa_bits <= limits.eps)
+    return all(float(torch.tensor(value).to(dtype)) == value for value in (format.largest, format.lowest))

@@ -11,49 +11,80 @@ import triton.language as tl
 from torch import Tensor
 
 from low_precision.engines import eager
-from low_precision.engines.parameters import MODES, parameters
-from low_precision.formats import BlockFormat, FewBits, Format, Overflow, Rounding
-from low_precision.noise import Key
+from low_precision.engines.parameters import MODES, mode_of, parameters
+from low_precision.formats import AnyFormat, BlockFormat, Format
+from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS, Key
+from low_precision.rounding import AnyRounding, Overflow
 
 _TILE = 1024  # elements a program
 _PIECE = 2**30  # elements a launch: indices within one fit in 32 bits, and none crosses a multiple of 2**32
+
+# A kernel of Triton's sees those numbers of a module alone that are `constexpr`.
 _NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = (tl.constexpr(mode) for mode in range(len(MODES)))
 _MAGNITUDE, _INFINITY, _SIGN = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000), tl.constexpr(0x80000000)
+_SHIFT_0, _SHIFT_1, _SHIFT_2, _SHIFT_3 = (tl.constexpr(shift) for shift in SHIFTS)
+_MULTIPLIER_0, _MULTIPLIER_1, _MULTIPLIER_2 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
+_MIX_SHIFT_0, _MIX_SHIFT_1, _MIX_SHIFT_2 = (tl.constexpr(shift) for shift in MIX_SHIFTS)
+_MIX_MULTIPLIER_0, _MIX_MULTIPLIER_1 = (tl.constexpr(multiplier) for multiplier in MIX_MULTIPLIERS)
+_GAMMA = tl.constexpr(GAMMA)
 
 
 @triton.jit
 def _word(index, k0, k1, k2):
+    """noise.word; k0, k1, k2: the words of the key."""
     x = index ^ k0
-    x = (x ^ (x >> 17)) * 0xED5AD4BB
+    x = (x ^ (x >> _SHIFT_0)) * _MULTIPLIER_0
     x = x ^ k1
-    x = (x ^ (x >> 11)) * 0xAC4C1B51
+    x = (x ^ (x >> _SHIFT_1)) * _MULTIPLIER_1
     x = x ^ k2
-    x = (x ^ (x >> 15)) * 0x31848BAB
-    return x ^ (x >> 14)
+    x = (x ^ (x >> _SHIFT_2)) * _MULTIPLIER_2
+    return x ^ (x >> _SHIFT_3)
 
 
 @triton.jit
 def _mix64(z):
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
+    """noise.mix64."""
+    z = (z ^ (z >> _MIX_SHIFT_0)) * _MIX_MULTIPLIER_0
+    z = (z ^ (z >> _MIX_SHIFT_1)) * _MIX_MULTIPLIER_1
+    return z ^ (z >> _MIX_SHIFT_2)
 
 
 @triton.jit
 def _words(index, key, draw):
     """The words of `draw`; key: noise.Key's value, moved to the elements' block of 2**32."""
-    start = key + (draw.to(tl.uint64) << 32) * 0x9E3779B97F4A7C15
+    start = key + (draw.to(tl.uint64) << 32) * _GAMMA
     mixed, more = _mix64(start), _mix64(start ^ 0xFFFFFFFFFFFFFFFF)
     return _word(index, mixed.to(tl.uint32), (mixed >> 32).to(tl.uint32), more.to(tl.uint32))
 
 
 @triton.jit(do_not_specialize=["count", "first", "key", "channels", "pixels"])
 def _round(
-    source, target, count, first, key, channels, pixels,
-    MODE: tl.constexpr, IEEE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALWAYS: tl.constexpr, LOWEST: tl.constexpr,
-    MANTISSA: tl.constexpr, COMPOSED: tl.constexpr, DEEP: tl.constexpr, LARGEST: tl.constexpr,
-    MOST_NEGATIVE: tl.constexpr, SIGNED_ZERO: tl.constexpr, FEW: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    source,
+    target,
+    count,
+    first,
+    key,
+    channels,
+    pixels,
+    MODE: tl.constexpr,
+    IEEE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    NORMAL_DROP: tl.constexpr,
+    LOWEST_LEVEL: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    SAME_BIAS: tl.constexpr,
+    DEEP_BELOW: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LARGEST_NEGATIVE: tl.constexpr,
+    SIGNED_ZERO: tl.constexpr,
+    RANDOM_BITS: tl.constexpr,
+    HALF_OFFSET: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Rounds `count` numbers. first: the index of the first one; the capitals: parameters.Parameters.
+
+    key: noise.Key's value, moved to the elements' block of 2**32. channels, pixels of an image: where CHANNELS_LAST.
+    """
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = place < count
     bits = tl.load(source + place, inside, other=0.0).to(tl.float32).to(tl.uint32, bitcast=True)
@@ -69,8 +100,8 @@ def _round(
     negative = (bits >> 31) != 0
     scale = tl.maximum(magnitude >> 23, 1) - 1
     significand = magnitude - (scale << 23)
-    level = tl.maximum(scale, LOWEST)
-    whole_drop = level - scale + ALWAYS
+    level = tl.maximum(scale, LOWEST_LEVEL)
+    whole_drop = level - scale + NORMAL_DROP
     drop = tl.minimum(whole_drop, 30)
     below = (tl.full((TILE,), 1, tl.uint32) << drop) - 1
     reached = significand
@@ -78,7 +109,7 @@ def _round(
     if MODE == _NEAREST:
         last = significand >> drop
         if MANTISSA == 0:
-            last += level - LOWEST
+            last += level - LOWEST_LEVEL
         added = (below + (last & 1)) >> 1
     if MODE == _AWAY:
         added = (below + 1) >> 1
@@ -90,20 +121,20 @@ def _round(
         word = _words(index, key, tl.zeros((1,), tl.uint64))
         added = (word >> 1) >> (31 - drop)
         if MODE == _FEW:
-            unused = tl.maximum(drop, FEW) - FEW
+            unused = tl.maximum(drop, RANDOM_BITS) - RANDOM_BITS
             added = (added >> unused) << unused
-            if HALF:
+            if HALF_OFFSET:
                 added = added | ((tl.full((TILE,), 1, tl.uint32) << unused) >> 1)
             reached = significand >> tl.minimum(whole_drop - drop, 31)
     rounded = (reached + added) >> drop
-    if COMPOSED:
+    if SAME_BIAS:
         result = (rounded << drop) + (scale << 23)
     else:
         last_place = ((level + 1 - MANTISSA) << 23).to(tl.float32, bitcast=True)
         result = (rounded.to(tl.int32).to(tl.float32) * last_place).to(tl.uint32, bitcast=True)
 
-    if MODE == _STOCHASTIC:
-        deep = (magnitude < DEEP) & (magnitude != 0)
+    if MODE == _STOCHASTIC and DEEP_BELOW > 0:
+        deep = (magnitude < DEEP_BELOW) & (magnitude != 0)
         if tl.max(deep.to(tl.int32), 0) != 0:
             digits = significand.to(tl.int32).to(tl.float32).to(tl.uint32, bitcast=True) >> 23
             missing = tl.where(significand == 0, 0, 150 - digits)
@@ -115,10 +146,10 @@ def _round(
                 zero = tl.where(needed == 0, 0, further >> ((32 - needed) & 31).to(tl.uint32)) == 0
                 up = up & zero
                 zeros -= 32
-            smallest = tl.full((TILE,), (LOWEST + 1 - MANTISSA) << 23, tl.uint32)
+            smallest = tl.full((TILE,), (LOWEST_LEVEL + 1 - MANTISSA) << 23, tl.uint32)
             result = tl.where(deep, tl.where(up, smallest, 0), result)
 
-    limit = tl.where(negative, tl.full((TILE,), MOST_NEGATIVE, tl.uint32), tl.full((TILE,), LARGEST, tl.uint32))
+    limit = tl.where(negative, tl.full((TILE,), LARGEST_NEGATIVE, tl.uint32), tl.full((TILE,), LARGEST, tl.uint32))
     if IEEE:
         infinite = tl.full((TILE,), _INFINITY, tl.uint32)
         beyond = infinite
@@ -142,14 +173,14 @@ def _round(
 
 def quantize(
     x: Tensor,
-    fmt: Format | BlockFormat,
-    rounding: Rounding | FewBits,
+    fmt: AnyFormat,
+    rounding: AnyRounding,
     overflow: Overflow,
     key: Key | None,
     dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Round `x` of any shape and strides, on CUDA; see quant.quantize. float64 and blocks are left to eager."""
+    """Round `x` of any shape and strides, on CUDA; see tensor.quantize. float64 and blocks are left to eager."""
     first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
     images = x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
     images &= x.numel() <= _PIECE and first % 2**32 + x.numel() <= 2**32
@@ -169,35 +200,50 @@ def _launch(
     x: Tensor,
     result: Tensor,
     fmt: Format,
-    rounding: Rounding | FewBits,
+    rounding: AnyRounding,
     overflow: Overflow,
     key: Key | None,
     first: int,
     channels_last: bool,
 ) -> None:
     """x, result: both dense, with the same strides; they may be the same. first: the index of the first element."""
-    p = parameters(fmt, rounding)
+    numbers, key_value = parameters(fmt, rounding), 0 if key is None else key.value
     channels, pixels = (x.shape[1], x[0, 0].numel()) if channels_last else (1, 1)
     source, target = (t.as_strided((t.numel(),), (1,)) for t in (x, result))
-    value = 0 if key is None else key.value
     start = 0
     while start < len(source):
         index = first + start
         piece = slice(start, min(start + _PIECE, start + 2**32 - index % 2**32))
         count = len(source[piece])
         _round[(triton.cdiv(count, _TILE),)](
-            source[piece], target[piece], count, _signed(index, 32), _signed(block_key(value, index >> 32), 64),
-            channels, pixels, MODE=p["mode"], IEEE=overflow is Overflow.INFINITY, CHANNELS_LAST=channels_last,
-            ALWAYS=p["always"], LOWEST=p["lowest_level"], MANTISSA=p["mantissa"], COMPOSED=p["composed"],
-            DEEP=p["deep_below"], LARGEST=p["largest"], MOST_NEGATIVE=p["lowest"], SIGNED_ZERO=p["signed_zero"],
-            FEW=p["few"], HALF=p["half"], TILE=_TILE,
-        )  # fmt: skip
+            source=source[piece],
+            target=target[piece],
+            count=count,
+            first=_signed(index, 32),
+            key=_signed(block_key(key_value, index >> 32), 64),
+            channels=channels,
+            pixels=pixels,
+            MODE=mode_of(rounding),
+            IEEE=overflow is Overflow.INFINITY,
+            CHANNELS_LAST=channels_last,
+            NORMAL_DROP=numbers.normal_drop,
+            LOWEST_LEVEL=numbers.lowest_level,
+            MANTISSA=numbers.mantissa,
+            SAME_BIAS=numbers.same_bias,
+            DEEP_BELOW=numbers.deep_below,
+            LARGEST=numbers.largest,
+            LARGEST_NEGATIVE=numbers.largest_negative,
+            SIGNED_ZERO=numbers.signed_zero,
+            RANDOM_BITS=numbers.random_bits,
+            HALF_OFFSET=numbers.half_offset,
+            TILE=_TILE,
+        )
         start = piece.stop
 
 
 def block_key(value: int, block: int) -> int:
     """What Key.parts starts from for draw 0."""
-    return (value + 0x9E3779B97F4A7C15 * (1 + block)) % 2**64
+    return (value + GAMMA * (1 + block)) % 2**64
 
 
 def _signed(value: int, width: int) -> int:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from low_precision import blocks
-from low_precision.formats import BlockFormat, FewBits, Format, Overflow, Rounding, is_random
+from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import LOW_WORD, Key, hash_words, words
+from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding
 
 _CPU_BLOCK = 2**17  # elements at a time: the temporaries of a block stay in the cache
 _GPU_BLOCK = 2**26
@@ -35,16 +36,17 @@ class _Carrier:
 
     @property
     def magnitudes(self) -> int:
-        return 2 ** (self.width - 1) - 1
+        """A mask of all bits but the sign."""
+        return (1 << self.width - 1) - 1
 
     @property
     def infinity(self) -> int:
         """Its bits; a magnitude above it is a NaN."""
-        return (2 ** (self.width - 1 - self.digits) - 1) << self.digits
+        return ((1 << self.width - 1 - self.digits) - 1) << self.digits
 
     def bits_of(self, value: float) -> int:
         """value: a finite number of the type, >= 0."""
-        return struct.unpack(self.codes[1], struct.pack(self.codes[0], value))[0]
+        return int(struct.unpack(self.codes[1], struct.pack(self.codes[0], value))[0])
 
 
 _SINGLE = _Carrier(torch.float32, torch.int32, ("<f", "<i"), 32, 23, 127, 30)
@@ -53,14 +55,14 @@ _DOUBLE = _Carrier(torch.float64, torch.int64, ("<d", "<q"), 64, 52, 1023, 59)
 
 def quantize(
     x: Tensor,
-    fmt: Format | BlockFormat,
-    rounding: Rounding | FewBits,
+    fmt: AnyFormat,
+    rounding: AnyRounding,
     overflow: Overflow,
     key: Key | None,
     dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Round `x` of any shape and strides; see quant.quantize. Elements count in row-major order."""
+    """Round `x` of any shape and strides; see tensor.quantize. Elements count in row-major order."""
     if isinstance(fmt, BlockFormat):
         result = _quantize_blocks(x, fmt, rounding, key, dim)
     else:
@@ -74,15 +76,15 @@ def quantize(
     return result if out is None else out.copy_(result)
 
 
-def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: Rounding | FewBits, key: Key | None, dim: int) -> Tensor:
+def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, dim: int) -> Tensor:
     """In float64, where division by a scale of a power of two and multiplication by any scale are exact, and a quotient
     by a scale of NVFP4 is a tie only where it is one exactly.
 
     Elements count in the order of blocks.rows, the filling at a line's end included.
     """
     rows = blocks.rows(x, fmt, dim)
-    largest = torch.finfo(x.dtype).max
-    scales = blocks.scales(blocks.maxima(rows, largest), fmt, largest)  # (blocks, 1)
+    type_largest = torch.finfo(x.dtype).max
+    scales = blocks.scales(blocks.maxima(rows, type_largest), fmt, type_largest)  # (blocks, 1)
     scaled = rows.double() / scales
     first = _first(key, x, rows.numel())
     rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key, first).view(rows.shape)
@@ -93,9 +95,7 @@ def _first(key: Key | None, x: Tensor, elements: int) -> int:
     return key.first_element(len(x), elements) if key and key.first_row else 0
 
 
-def _round(
-    flat: Tensor, fmt: Format, rounding: Rounding | FewBits, overflow: Overflow, key: Key | None, first: int
-) -> Tensor:
+def _round(flat: Tensor, fmt: Format, rounding: AnyRounding, overflow: Overflow, key: Key | None, first: int) -> Tensor:
     """flat: float32 or float64, contiguous (n,), its elements counted from `first` on -> new tensor, same."""
     carrier = _DOUBLE if flat.dtype == torch.float64 else _SINGLE
     rounded = torch.empty_like(flat)
@@ -114,7 +114,7 @@ def _round_block(
     bits: Tensor,
     carrier: _Carrier,
     fmt: Format,
-    rounding: Rounding | FewBits,
+    rounding: AnyRounding,
     overflow: Overflow,
     key: Key | None,
     start: int,
@@ -129,43 +129,29 @@ def _round_block(
     significand = magnitude - (scale << carrier.digits)
 
     # How many of the significand's bits lie below the last place of the format: more in its subnormal range.
-    always, lowest_level = carrier.digits - fmt.mantissa_bits, carrier.bias - fmt.bias
+    normal_drop, lowest_level = carrier.digits - fmt.mantissa_bits, carrier.bias - fmt.bias
     level = scale.clamp(min=lowest_level)  # the scale that decides the last place
-    drop = (level - scale).add_(always)
-    deeper = (drop - carrier.most_dropped).clamp_(min=0) if is_random(rounding) else None
-    drop.clamp_(max=carrier.most_dropped)
+    whole_drop = (level - scale).add_(normal_drop)
+    drop = whole_drop.clamp(max=carrier.most_dropped)
 
     # Add the part of the last place that the rounding mode asks for, then cut what lies below the last place.
     if rounding is Rounding.TOWARD_ZERO:
         rounded = significand >> drop
-    elif rounding is Rounding.STOCHASTIC:
+    elif rounding is Rounding.STOCHASTIC or isinstance(rounding, FewBits):
+        assert key is not None
         word = _words(carrier, key, start, len(bits), bits.device)
         noise = ((word >> 1) & carrier.magnitudes) >> (carrier.width - 1 - drop)  # the top `drop` bits of the word
-        rounded = noise.add_(significand) >> drop
-        if bool((deeper > 0).any()):
-            _round_deep(rounded, word, significand, deeper + carrier.most_dropped, carrier, key, start)
-    elif isinstance(rounding, FewBits):
-        word = _words(carrier, key, start, len(bits), bits.device)
-        noise = ((word >> 1) & carrier.magnitudes) >> (carrier.width - 1 - drop)
-        unused = (drop - rounding.bits).clamp_(min=0)  # the random bits that there are not
-        noise = (noise >> unused) << unused
-        if rounding.half_offset:
-            noise |= torch.bitwise_left_shift(1, unused) >> 1
-        rounded = noise.add_(significand >> deeper.clamp_(max=carrier.width - 1)) >> drop
+        if isinstance(rounding, FewBits):
+            reached = significand >> (whole_drop - drop).clamp_(max=carrier.width - 1)
+            rounded = _few_of(noise, drop, rounding).add_(reached) >> drop
+        else:
+            rounded = noise.add_(significand) >> drop
+            if bool((whole_drop > drop).any()):
+                _round_deep(rounded, word, significand, whole_drop, carrier, key, start)
     else:
-        below = torch.bitwise_left_shift(1, drop).sub_(1)  # the largest remainder: all dropped bits set
-        if rounding is Rounding.NEAREST:
-            last = significand >> drop  # its last bit is that of the format's code below ...
-            if fmt.mantissa_bits == 0:  # ... but without a mantissa, the code is the exponent
-                last += (scale - lowest_level).clamp_(min=0)
-            below = below.add_(last.bitwise_and_(1)) >> 1
-        elif rounding is Rounding.NEAREST_AWAY:
-            below = below.add_(1) >> 1
-        elif rounding is Rounding.UP:
-            below &= ~sign
-        elif rounding is Rounding.DOWN:
-            below &= sign
-        rounded = below.add_(significand) >> drop
+        exponent = (scale - lowest_level).clamp_(min=0) if fmt.mantissa_bits == 0 else None
+        added = _part_of_last_place(rounding, significand, exponent, drop, sign)
+        rounded = added.add_(significand) >> drop
 
     # Back to a floating-point number. A carry out of the significand is taken along.
     if fmt.bias == carrier.bias:  # the last place may be a subnormal of the carrier: compose the bits
@@ -189,7 +175,36 @@ def _round_block(
     return result.bitwise_or_(negative).view(carrier.floats)
 
 
-def _stops_at_largest(rounding: Rounding | FewBits, finite: Tensor, sign: Tensor) -> Tensor:
+def _part_of_last_place(
+    rounding: Rounding, significand: Tensor, exponent: Tensor | None, drop: Tensor, sign: Tensor
+) -> Tensor:
+    """What rounding to nearest, up or down adds before the lowest `drop` bits are cut off.
+
+    exponent: that of the format's code below, where the code is nothing else because there is no mantissa.
+    """
+    below = torch.bitwise_left_shift(1, drop).sub_(1)  # the largest remainder: all dropped bits set
+    if rounding is Rounding.NEAREST:
+        last = significand >> drop  # its last bit is that of the format's code below ...
+        if exponent is not None:  # ... but without a mantissa, the hidden bit and the exponent make it
+            last += exponent
+        return below.add_(last.bitwise_and_(1)) >> 1
+    if rounding is Rounding.NEAREST_AWAY:
+        return below.add_(1) >> 1
+    if rounding is Rounding.UP:
+        return below.bitwise_and_(~sign)
+    return below.bitwise_and_(sign)
+
+
+def _few_of(noise: Tensor, drop: Tensor, rounding: FewBits) -> Tensor:
+    """The random bits that there are, the top ones of `drop`, and half of the last of them with half_offset."""
+    unused = (drop - rounding.bits).clamp_(min=0)
+    noise = (noise >> unused) << unused
+    if rounding.half_offset:
+        noise |= torch.bitwise_left_shift(1, unused) >> 1
+    return noise
+
+
+def _stops_at_largest(rounding: AnyRounding, finite: Tensor, sign: Tensor) -> Tensor:
     """Where a directed rounding of a finite number ends at the largest value, not at infinity (IEEE 754-2019, 7.4)."""
     if rounding is Rounding.TOWARD_ZERO:
         return finite
@@ -213,16 +228,16 @@ def _round_deep(
 ) -> None:
     """Stochastic rounding of values so far below the smallest one that one word has too few bits: in place.
 
-    |x| = significand * 2**-drop of the smallest value, drop > most_dropped: it is rounded up where the word's top bits,
-    as many as a significand has, are below the significand and all further random bits down to 2**-drop are zero. So
-    the probability is exact for every number of the carrier.
+    |x| = significand * 2**-drop of the smallest value. Where drop > most_dropped, it is rounded up if the word's top
+    bits, as many as a significand has, are below the significand and all further random bits down to 2**-drop are zero.
+    So the probability is exact for every number of the carrier.
     """
     where = ((drop > carrier.most_dropped) & (significand > 0)).nonzero().squeeze(1)
-    held = carrier.digits + 1
+    width = carrier.digits + 1  # of a significand
     significand, drop = significand[where], drop[where]
-    missing = held - torch.frexp(significand.double())[1]  # leading zeros, which a subnormal number's has
-    up = ((word[where] >> carrier.width - held) & (2**held - 1)) < significand << missing
-    zeros = drop - held + missing  # how many further bits must be zero
+    missing = width - torch.frexp(significand.double())[1]  # leading zeros, which a subnormal number's has
+    up = ((word[where] >> carrier.width - width) & ((1 << width) - 1)) < significand << missing
+    zeros = drop - width + missing  # how many further bits must be zero
     draw = 1
     while (undecided := up & (zeros > 0)).any():
         index = where[undecided] + start % 2**32

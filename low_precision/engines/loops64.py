@@ -1,87 +1,114 @@
-"""Loops of the fused engine in 64 bits, compiled by numba: of float64 tensors, and of blocks whose scale is no power of
-two, which float64 holds the quotients of. See engines/loops.py for how kernels are called.
+"""Kernels of the fused engine in 64 bits: of float64 tensors, and of blocks whose scale is no power of two, because
+float64 holds the quotients. See engines/loops.py for how kernels are called.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
-from llvmlite import ir
-from numba import cfunc, float32, float64, int64, njit, types, uint32
-from numba.extending import intrinsic
+from numba import float32, float64, int64, njit, uint32
+from numba.core.ccallback import CFunc
 
-from low_precision.engines.loops import KERNEL, as_bits, as_float, field, load, next_piece, store, word, words_of
-from low_precision.engines.parameters import MODES
+from low_precision.engines.group import largest_in
+from low_precision.engines.operations import (
+    KeyWords,
+    as_bits,
+    as_bits64,
+    as_double,
+    as_float,
+    inlined,
+    kernel,
+    key_words,
+    load,
+    load64,
+    next_piece,
+    reader,
+    store,
+    store64,
+    word,
+)
+from low_precision.engines.parameters import (
+    DOWN,
+    FEW_BITS,
+    NEAREST,
+    NEAREST_AWAY,
+    STOCHASTIC,
+    TOWARD_ZERO,
+    UP,
+    Parameters64,
+)
+from low_precision.engines.tasks import MaximaTask, RoundingTask, ScaledTask
 from low_precision.noise import LOW_WORD
 
 _MAGNITUDE, _INFINITY, _MOST_DROPPED = 2**63 - 1, 0x7FF << 52, 59  # as eager._DOUBLE
-_MAGNITUDE32, _INFINITY32 = 0x7FFFFFFF, 0x7F800000
 _GROUP = 64
-_NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = range(len(MODES))
+_rounding_task, _scaled_task, _maxima_task = reader(RoundingTask), reader(ScaledTask), reader(MaximaTask)
+_parameters = reader(Parameters64)
 
 
-@intrinsic
-def _as_double(typing_context, x):
-    return types.float64(types.int64), lambda c, builder, s, arguments: builder.bitcast(arguments[0], ir.DoubleType())
+class Noise64(NamedTuple):
+    """The random words of a block of 2**32 elements: of each 64-bit word the upper and the lower half."""
+
+    high: KeyWords
+    low: KeyWords
 
 
-@intrinsic
-def _as_bits64(typing_context, x):
-    return types.int64(types.float64), lambda c, builder, s, arguments: builder.bitcast(arguments[0], ir.IntType(64))
+@inlined
+def _noise_of(key, block):
+    return Noise64(high=key_words(key, block, 0), low=key_words(key, block, LOW_WORD))
 
 
-@intrinsic
-def _store64(typing_context, address, i, value):
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
+@inlined
+def _word64(index, noise):
+    """eager._words: 64 random bits for an element."""
+    return (int64(word(index, noise.high)) << 32) | int64(word(index, noise.low))
 
 
-@njit(inline="always")
-def _round(
-    mode, infinity, bits, index, k0, k1, k2, l0, l1, l2, always, lowest_level, mantissa, largest, lowest, signed_zero,
-    few, half,
-):  # fmt: skip
+@inlined
+def _smallest(fmt):
+    """The bits of the format's smallest value above zero."""
+    return (fmt.lowest_level + (1 - fmt.mantissa)) << 52
+
+
+@inlined
+def _round(mode, infinity, bits, index, noise, fmt):
     """eager._round_block for one number: its bits, and whether `_deep` must decide, a negative number then."""
     magnitude, sign = bits & _MAGNITUDE, bits >> 63
     scale = max((magnitude >> 52) - 1, 0)
     significand = magnitude - (scale << 52)
-    level = max(scale, lowest_level)
-    whole_drop = level - scale + always
+    level = max(scale, fmt.lowest_level)
+    whole_drop = level - scale + fmt.normal_drop
     drop = min(whole_drop, _MOST_DROPPED)
     below = (1 << drop) - 1
     added = int64(0)
-    if mode == _NEAREST:
+    if mode == NEAREST:
         last = significand >> drop
-        if mantissa == 0:  # without a mantissa, the code is the exponent
-            last += max(scale - lowest_level, 0)
+        if fmt.mantissa == 0:  # without a mantissa, the code is the exponent
+            last += max(scale - fmt.lowest_level, 0)
         added = (below + (last & 1)) >> 1
-    elif mode == _AWAY:
+    elif mode == NEAREST_AWAY:
         added = (below + 1) >> 1
-    elif mode == _UP:
+    elif mode == UP:
         added = below & ~sign
-    elif mode == _DOWN:
+    elif mode == DOWN:
         added = below & sign
-    elif mode >= _STOCHASTIC:
-        noise = (int64(word(index, k0, k1, k2)) << 32) | int64(word(index, l0, l1, l2))
-        added = ((noise >> 1) & _MAGNITUDE) >> (63 - drop)
-        if mode == _FEW:
-            unused = max(drop - few, 0)
-            added = ((added >> unused) << unused) | (((1 << unused) >> 1) & half)
+    elif mode >= STOCHASTIC:
+        added = ((_word64(index, noise) >> 1) & _MAGNITUDE) >> (63 - drop)
+        if mode == FEW_BITS:
+            unused = max(drop - fmt.random_bits, 0)
+            added = ((added >> unused) << unused) | (((1 << unused) >> 1) & fmt.half_offset)
             significand >>= min(whole_drop - drop, 63)
     rounded = (significand + added) >> drop
-    result = _as_bits64(float64(rounded) * _as_double((level + (1 - mantissa)) << 52))  # exact, of normal numbers
-    limit = largest + (sign & (lowest - largest))
+    result = as_bits64(float64(rounded) * as_double((level + (1 - fmt.mantissa)) << 52))  # exact, of normal numbers
+    limit = fmt.largest + (sign & (fmt.largest_negative - fmt.largest))
     if infinity:
         beyond = int64(_INFINITY)
-        if mode == _ZERO:
+        if mode == TOWARD_ZERO:
             beyond = limit
-        if mode == _UP:
+        if mode == UP:
             beyond = limit if sign else int64(_INFINITY)
-        if mode == _DOWN:
+        if mode == DOWN:
             beyond = int64(_INFINITY) if sign else limit
         result = beyond if result > limit else result
         result = int64(_INFINITY) if magnitude == _INFINITY else result
@@ -89,157 +116,120 @@ def _round(
         result = min(result, limit)
     result |= ((_INFINITY - magnitude) >> 63) & _MAGNITUDE  # NaN stays: there, all bits
     negative = sign << 63
-    negative = negative & signed_zero if result == 0 else negative
+    negative = negative & fmt.signed_zero if result == 0 else negative
     deep = 0
-    if mode == _STOCHASTIC:
+    if mode == STOCHASTIC:
         deep = (_MOST_DROPPED - whole_drop) & -significand & (magnitude - _INFINITY)  # negative where all three are
     return result | negative, deep
 
 
-@njit(inline="always")
-def _is_deep(bits, lowest_level, always):
+@inlined
+def _is_deep(bits, fmt):
     magnitude = bits & _MAGNITUDE
-    return magnitude > 0 and lowest_level + always - _MOST_DROPPED > max((magnitude >> 52) - 1, 0)
+    return magnitude > 0 and fmt.lowest_level + fmt.normal_drop - _MOST_DROPPED > max((magnitude >> 52) - 1, 0)
 
 
 @njit
-def _deep(bits, index, block, key, always, lowest_level, smallest, signed_zero):
+def _deep(bits, index, block, key, fmt):
     """eager._round_deep for one number: its bits."""
     magnitude, negative = bits & _MAGNITUDE, (bits >> 63) << 63
     scale = max((magnitude >> 52) - 1, 0)
-    significand, left = magnitude - (scale << 52), max(scale, lowest_level) - scale + always - 53
+    significand, left = magnitude - (scale << 52), max(scale, fmt.lowest_level) - scale + fmt.normal_drop - 53
     while significand < 1 << 52:  # a subnormal number
         significand, left = significand << 1, left + 1
-    high, low = words_of(key, block, 0), words_of(key, block, LOW_WORD)
-    noise = (int64(word(index, high[0], high[1], high[2])) << 32) | int64(word(index, low[0], low[1], low[2]))
-    up, draw = ((noise >> 11) & (2**53 - 1)) < significand, 1
+    random_word = _word64(index, _noise_of(key, block))
+    up, draw = ((random_word >> 11) & (2**53 - 1)) < significand, 1
     while up and left > 0:
-        k0, k1, k2 = words_of(key, block, draw)
-        up = int64(word(index, k0, k1, k2)) >> (32 - min(left, 32)) == 0
+        up = int64(word(index, key_words(key, block, draw))) >> (32 - min(left, 32)) == 0
         left -= 32
         draw += 1
-    return smallest | negative if up else negative & signed_zero
-
-
-# What a kernel reads at `parameters`, as int64, in this order: see engines/parameters.py.
-PARAMETERS = ("always", "lowest_level", "mantissa", "largest", "lowest", "signed_zero", "few", "half")
+    return _smallest(fmt) | negative if up else negative & fmt.signed_zero
 
 
 @cache
-def flat(mode: int, infinity: bool):
-    """As compiled.flat, for float64 numbers."""
+def flat(mode: int, infinity: bool) -> CFunc:
+    """The kernel of a RoundingTask, as loops.flat, for float64 numbers."""
 
-    @cfunc("void(int64)", **KERNEL)
-    def kernel(task):
-        pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
-        parameters, count, first, size = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
-        always, lowest_level, mantissa = field(parameters, 0), field(parameters, 1), field(parameters, 2)
-        largest, lowest, signed_zero = field(parameters, 3), field(parameters, 4), field(parameters, 5)
-        few, half, smallest = field(parameters, 6), field(parameters, 7), (lowest_level + (1 - mantissa)) << 52
-        piece = next_piece(task)
-        while piece < pieces:
-            begin, end = piece * size, min((piece + 1) * size, count)
-            block = (first + begin) >> 32
-            k0, k1, k2 = words_of(key, block, 0)
-            l0, l1, l2 = words_of(key, block, LOW_WORD)
+    @kernel
+    def flat64_kernel(address):
+        task = _rounding_task(address)
+        fmt = _parameters(task.parameters)
+        piece = next_piece(address)
+        while piece * task.piece < task.count:
+            begin, end = piece * task.piece, min((piece + 1) * task.piece, task.count)
+            block = (task.first + begin) >> 32
+            noise = _noise_of(task.key, block)
             for start in range(begin, end, _GROUP):
                 undecided = int64(0)
                 stop = min(start + _GROUP, end)
                 for i in range(start, stop):
-                    rounded, deep = _round(
-                        mode, infinity, field(source, i), uint32(first + i), k0, k1, k2, l0, l1, l2, always,
-                        lowest_level, mantissa, largest, lowest, signed_zero, few, half,
-                    )  # fmt: skip
+                    index = uint32(task.first + i)
+                    rounded, deep = _round(mode, infinity, load64(task.source, i), index, noise, fmt)
                     undecided |= deep
-                    _store64(target, i, rounded)
+                    store64(task.target, i, rounded)
                 if undecided < 0:
                     for i in range(start, stop):
-                        if _is_deep(field(source, i), lowest_level, always):
-                            rounded = _deep(
-                                field(source, i), uint32(first + i), block, key, always, lowest_level, smallest,
-                                signed_zero,
-                            )  # fmt: skip
-                            _store64(target, i, rounded)
-            piece = next_piece(task)
+                        bits = load64(task.source, i)
+                        if _is_deep(bits, fmt):
+                            store64(task.target, i, _deep(bits, uint32(task.first + i), block, task.key, fmt))
+            piece = next_piece(address)
 
-    return kernel
+    return flat64_kernel
+
+
+@inlined
+def _scale_of(amax, task):
+    """blocks.scales: the scale of a block whose largest magnitude is `amax`; all in float64."""
+    tensor_scale = as_double(task.tensor_scale)
+    wanted = min(amax, as_double(task.counted)) / as_double(task.element_largest) / tensor_scale
+    wanted = max(min(wanted, as_double(task.scale_largest)), as_double(task.scale_smallest))
+    exponent = max((as_bits64(wanted) >> 52) - 1023, task.scale_lowest_exponent)
+    step = as_double((exponent - task.scale_mantissa + 1023) << 52)
+    scale = (wanted / step + 2.0**52 - 2.0**52) * step * tensor_scale  # the sum rounds ties to even
+    return scale if amax > 0 else 1.0
 
 
 @cache
-def scaled(mode: int):
-    """As compiled.blocks, for float32 numbers in blocks whose scale is no power of two (blocks.scales), but one of a
-    format times `tensor`, a power of two.
+def scaled(mode: int) -> CFunc:
+    """The kernel of a ScaledTask: as loops.blocks, for blocks whose scale is no power of two; it refuses none."""
 
-    Further fields: how many blocks; size, how many of them are a piece; length; the address of the largest magnitude of
-    each block; the bits of five float64 numbers: the largest magnitude that counts, the element's largest value,
-    `tensor`, the scale's largest and smallest value; and, of the scale's smallest normal value and last place, the
-    exponents of two; first, the index of the first number.
-    """
-
-    @cfunc("void(int64)", **KERNEL)
-    def kernel(task):
-        pieces, source, target, key = field(task, 2), field(task, 3), field(task, 4), field(task, 5)
-        parameters, count, size, length = field(task, 6), field(task, 7), field(task, 8), field(task, 9)
-        always, lowest_level, mantissa = field(parameters, 0), field(parameters, 1), field(parameters, 2)
-        largest, lowest, signed_zero = field(parameters, 3), field(parameters, 4), field(parameters, 5)
-        few, half, smallest = field(parameters, 6), field(parameters, 7), (lowest_level + (1 - mantissa)) << 52
-        maxima, most = field(task, 10), _as_double(field(task, 11))
-        element_largest, tensor = _as_double(field(task, 12)), _as_double(field(task, 13))
-        scale_largest, scale_smallest = _as_double(field(task, 14)), _as_double(field(task, 15))
-        lowest_exponent, digits, first = field(task, 16), field(task, 17), field(task, 18)
-        k0, k1, k2 = words_of(key, 0, 0)
-        l0, l1, l2 = words_of(key, 0, LOW_WORD)
-        piece = next_piece(task)
-        while piece < pieces:
-            for number in range(piece * size, min((piece + 1) * size, count)):
-                amax = float64(as_float(load(maxima, number)))
-                wanted = min(amax, most) / element_largest / tensor
-                wanted = max(min(wanted, scale_largest), scale_smallest)
-                exponent = max((_as_bits64(wanted) >> 52) - 1023, lowest_exponent)
-                step = _as_double((exponent - digits + 1023) << 52)
-                scale = (wanted / step + 2.0**52 - 2.0**52) * step * tensor  # the sum rounds ties to even
-                scale = scale if amax > 0 else 1.0
+    @kernel
+    def scaled_kernel(address):
+        task = _scaled_task(address)
+        fmt, noise = _parameters(task.parameters), _noise_of(task.key, 0)
+        piece = next_piece(address)
+        while piece * task.piece < task.count:
+            for number in range(piece * task.piece, min((piece + 1) * task.piece, task.count)):
+                scale = _scale_of(float64(as_float(load(task.maxima, number))), task)
                 undecided = int64(0)
-                for i in range(number * length, (number + 1) * length):
-                    quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
-                    rounded, deep = _round(
-                        mode, False, quotient, uint32(first + i), k0, k1, k2, l0, l1, l2, always, lowest_level,
-                        mantissa, largest, lowest, signed_zero, few, half,
-                    )  # fmt: skip
+                for i in range(number * task.length, (number + 1) * task.length):
+                    quotient = as_bits64(float64(as_float(load(task.source, i))) / scale)
+                    rounded, deep = _round(mode, False, quotient, uint32(task.first + i), noise, fmt)
                     undecided |= deep
-                    store(target, i, as_bits(float32(_as_double(rounded) * scale)))
+                    store(task.target, i, as_bits(float32(as_double(rounded) * scale)))
                 if undecided < 0:
-                    for i in range(number * length, (number + 1) * length):
-                        quotient = _as_bits64(float64(as_float(load(source, i))) / scale)
-                        if _is_deep(quotient, lowest_level, always):
-                            rounded = _deep(
-                                quotient, uint32(first + i), 0, key, always, lowest_level, smallest, signed_zero
-                            )
-                            store(target, i, as_bits(float32(_as_double(rounded) * scale)))
-            piece = next_piece(task)
+                    for i in range(number * task.length, (number + 1) * task.length):
+                        quotient = as_bits64(float64(as_float(load(task.source, i))) / scale)
+                        if _is_deep(quotient, fmt):
+                            rounded = _deep(quotient, uint32(task.first + i), 0, task.key, fmt)
+                            store(task.target, i, as_bits(float32(as_double(rounded) * scale)))
+            piece = next_piece(address)
 
-    return kernel
+    return scaled_kernel
 
 
 @cache
-def maxima():
-    """The kernel that puts the largest magnitude of each block at `source`, NaNs aside, at `target`, as float32.
+def maxima() -> CFunc:
+    """The kernel of a MaximaTask: the largest magnitude of each block of float32 numbers, NaNs aside."""
 
-    Further fields: how many blocks; size, how many of them are a piece; length; the bits of what stands for infinity.
-    """
+    @kernel
+    def maxima_kernel(address):
+        task = _maxima_task(address)
+        piece = next_piece(address)
+        while piece * task.piece < task.count:
+            for number in range(piece * task.piece, min((piece + 1) * task.piece, task.count)):
+                largest = largest_in(task.source + 4 * number * task.length, task.length)
+                store(task.target, number, min(largest, uint32(task.type_largest)))
+            piece = next_piece(address)
 
-    @cfunc("void(int64)", **KERNEL)
-    def kernel(task):
-        pieces, source, target = field(task, 2), field(task, 3), field(task, 4)
-        count, size, length, type_largest = field(task, 7), field(task, 8), field(task, 9), field(task, 10)
-        piece = next_piece(task)
-        while piece < pieces:
-            for number in range(piece * size, min((piece + 1) * size, count)):
-                largest = uint32(0)
-                for i in range(number * length, (number + 1) * length):
-                    magnitude = uint32(load(source, i) & uint32(_MAGNITUDE32))
-                    largest = max(largest, uint32(0) if magnitude > uint32(_INFINITY32) else magnitude)
-                store(target, number, min(largest, uint32(type_largest)))
-            piece = next_piece(task)
-
-    return kernel
+    return maxima_kernel

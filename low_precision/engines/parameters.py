@@ -4,66 +4,118 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from typing import NamedTuple
 
-from low_precision.formats import FewBits, Format, Rounding
+from low_precision.formats import Format
+from low_precision.rounding import AnyRounding, FewBits
 
 MODES = ("nearest", "nearest_away", "toward_zero", "up", "down", "stochastic", "few")  # Rounding's values, and FewBits
+NEAREST, NEAREST_AWAY, TOWARD_ZERO, UP, DOWN, STOCHASTIC, FEW_BITS = range(len(MODES))  # their places
 
 
-@lru_cache(maxsize=1024)
-def parameters(fmt: Format, rounding: Rounding | FewBits) -> dict[str, int]:
-    """By name. Magnitudes: the bits of a float32 without its sign. Masks: all 32 bits, or none.
+def mode_of(rounding: AnyRounding) -> int:
+    """The rounding's place in MODES."""
+    return FEW_BITS if isinstance(rounding, FewBits) else MODES.index(rounding.value)
 
-    mode: a place in MODES. always, lowest_level, mantissa: as in eager.py. composed: whether the format's bias is
-    float32's. fast_from: the smallest magnitude above zero from which on all values lose the same bits, 0 where none
-    should be treated so. deep_below: below it, stochastic rounding takes more than one word. largest, lowest: the
-    largest magnitude of a positive and of a negative number. signed_zero: a mask. few, half: FewBits.bits, and a mask
-    for half_offset. exponents: what takes a block's exponent to its lowest level.
+
+class Parameters(NamedTuple):
+    """Of float32 numbers. Magnitudes: the bits of one without its sign. Masks: all 32 bits, or none.
+
+    A kernel reads them from memory by these names, so their order is the order there.
     """
-    few = isinstance(rounding, FewBits)
-    always, lowest_level = 23 - fmt.mantissa_bits, 127 - fmt.bias
-    composed = fmt.bias == 127
-    fast = fmt.has_negative_zero and 0 < fmt.mantissa_bits < 23
-    deep = lowest_level + always - 30  # the scale from which on one word is enough
-    return {
-        "mode": MODES.index("few" if few else rounding.value),
-        "always": always,
-        "lowest_level": lowest_level,
-        "mantissa": fmt.mantissa_bits,
-        "composed": int(composed),
-        "fast_from": (1 if composed else (lowest_level + 1) << 23) if fast else 0,
-        "deep_below": (deep + 1) << 23 if deep > 0 else 0,
-        "largest": bits(fmt.largest),
-        "lowest": bits(-fmt.lowest),
-        "signed_zero": 0xFFFFFFFF if fmt.has_negative_zero else 0,
-        "few": rounding.bits if few else 0,
-        "half": 0xFFFFFFFF if few and rounding.half_offset else 0,
-        "exponents": fmt.bias + (bits(fmt.largest) >> 23) - 127,
-    }
+
+    normal_drop: int  # how many bits the mantissa of every normal value of the format loses
+    lowest_level: int  # the exponent, as in float32's bits, whose last place all smaller numbers have too, less 1
+    mantissa: int  # the format's bits
+    same_bias: int  # 1 where the format's bias is float32's: its last place may be no normal number of float32
+    fast_from: int  # the smallest magnitude above zero from which on all numbers lose the same bits; 0: never look
+    deep_below: int  # the magnitude below which stochastic rounding takes more than one word
+    largest: int  # the largest magnitude of a positive number
+    largest_negative: int  # and of a negative one
+    signed_zero: int  # a mask: whether there is a negative zero
+    random_bits: int  # FewBits.bits
+    half_offset: int  # a mask: FewBits.half_offset
+    levels_below: int  # of a block's element: how far its lowest level lies below the exponent of the block's largest
+    type_largest: int  # the largest magnitude of the tensor's type, for which infinities stand in a block
+
+    def of_block(self, largest_in: int) -> Parameters | None:
+        """Those of a block's numbers, not divided by their scale: `loops.blocks` does the same. self: the element's.
+
+        largest_in: the largest magnitude in the block. None: so close to float32's smallest numbers that the block
+        must be left to another engine.
+        """
+        exponent = (largest_in or bits(1.0)) >> 23
+        lowest_level = exponent - self.levels_below
+        if lowest_level + self.normal_drop < 31:
+            return None
+        largest = self.largest + ((exponent - (self.largest >> 23)) << 23)
+        return self._replace(
+            lowest_level=lowest_level,
+            largest=largest,
+            largest_negative=largest,
+            same_bias=0,
+            fast_from=(lowest_level + 1) << 23 if self.signed_zero and self.mantissa else 0,
+            deep_below=(lowest_level + self.normal_drop - 29) << 23,
+        )
 
 
 @lru_cache(maxsize=1024)
-def wide_parameters(fmt: Format, rounding: Rounding | FewBits) -> dict[str, int]:
-    """The same of float64 numbers and their bits, for engines/loops64.py."""
-    few = isinstance(rounding, FewBits)
-    return {
-        "mode": MODES.index("few" if few else rounding.value),
-        "always": 52 - fmt.mantissa_bits,
-        "lowest_level": 1023 - fmt.bias,
-        "mantissa": fmt.mantissa_bits,
-        "largest": bits64(fmt.largest),
-        "lowest": bits64(-fmt.lowest),
-        "signed_zero": -1 if fmt.has_negative_zero else 0,
-        "few": rounding.bits if few else 0,
-        "half": -1 if few and rounding.half_offset else 0,
-    }
+def parameters(fmt: Format, rounding: AnyRounding, type_largest: float = 0.0) -> Parameters:
+    """What a kernel of float32 numbers reads. type_largest: see Parameters; only `loops.blocks` needs it."""
+    normal_drop, lowest_level = 23 - fmt.mantissa_bits, 127 - fmt.bias
+    same_bias = fmt.bias == 127
+    may_be_fast = fmt.has_negative_zero and 0 < fmt.mantissa_bits < 23
+    enough = lowest_level + normal_drop - 30  # the exponent, less 1, from which on one random word is enough
+    return Parameters(
+        normal_drop=normal_drop,
+        lowest_level=lowest_level,
+        mantissa=fmt.mantissa_bits,
+        same_bias=int(same_bias),
+        fast_from=(1 if same_bias else (lowest_level + 1) << 23) if may_be_fast else 0,
+        deep_below=(enough + 1) << 23 if enough > 0 else 0,
+        largest=bits(fmt.largest),
+        largest_negative=bits(-fmt.lowest),
+        signed_zero=0xFFFFFFFF if fmt.has_negative_zero else 0,
+        random_bits=rounding.bits if isinstance(rounding, FewBits) else 0,
+        half_offset=0xFFFFFFFF if isinstance(rounding, FewBits) and rounding.half_offset else 0,
+        levels_below=fmt.bias + (bits(fmt.largest) >> 23) - 127,
+        type_largest=bits(type_largest),
+    )
+
+
+class Parameters64(NamedTuple):
+    """The same of float64 numbers and their bits, for engines/loops64.py. Masks: all 64 bits (-1), or none."""
+
+    normal_drop: int
+    lowest_level: int
+    mantissa: int
+    largest: int
+    largest_negative: int
+    signed_zero: int
+    random_bits: int
+    half_offset: int
+
+
+@lru_cache(maxsize=1024)
+def parameters64(fmt: Format, rounding: AnyRounding) -> Parameters64:
+    """What a kernel of float64 numbers reads."""
+    return Parameters64(
+        normal_drop=52 - fmt.mantissa_bits,
+        lowest_level=1023 - fmt.bias,
+        mantissa=fmt.mantissa_bits,
+        largest=bits64(fmt.largest),
+        largest_negative=bits64(-fmt.lowest),
+        signed_zero=-1 if fmt.has_negative_zero else 0,
+        random_bits=rounding.bits if isinstance(rounding, FewBits) else 0,
+        half_offset=-1 if isinstance(rounding, FewBits) and rounding.half_offset else 0,
+    )
 
 
 def bits64(value: float) -> int:
     """Those of a float64 number."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 def bits(value: float) -> int:
     """Those of a float32 number >= 0."""
-    return struct.unpack("<I", struct.pack("<f", value))[0]
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])

@@ -12,7 +12,10 @@ from typing import Any
 import qtorch
 import torch
 
-from low_precision.formats import FLOAT32, NAMED, BlockFormat, FewBits, Format, Overflow, Rounding, Rule, format_named
+from low_precision.errors import SettingError
+from low_precision.formats import FLOAT32, NAMED, BlockFormat, Format, format_named
+from low_precision.rounding import FewBits, Overflow, Rounding
+from low_precision.rules import Rule
 
 ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
 
@@ -62,7 +65,7 @@ def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
 @cache
 def _quantizer(format: Format | BlockFormat, rounding: Rounding | FewBits) -> Any:
     if rounding not in ROUNDINGS:
-        raise ValueError(f"backend qtorch: given rounding {rounding}, allowed: nearest, stochastic")
+        raise SettingError("backend qtorch: rounding", str(rounding), "nearest, stochastic")
     from qtorch.quant import quantizer  # compiles: not before it is needed
 
     return quantizer(forward_number=to_qtorch(format), forward_rounding=rounding.value)
@@ -73,8 +76,9 @@ def quantize(
 ) -> torch.Tensor:
     """qtorch's rounding of float32 `x`, without a key; overflow always saturates."""
     if overflow is not Overflow.SATURATE:
-        raise ValueError("backend qtorch: given overflow infinity, allowed: saturate")
-    return _quantizer(fmt, rounding)(x.contiguous()).view(x.shape)
+        raise SettingError("backend qtorch: overflow", overflow.value, "saturate")
+    rounded: torch.Tensor = _quantizer(fmt, rounding)(x.contiguous())
+    return rounded.view(x.shape)
 
 
 def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scale: float) -> torch.optim.Optimizer:
@@ -96,10 +100,11 @@ def optim_lp(optimizer: torch.optim.Optimizer, rules: dict[str, Rule], loss_scal
     if made.acc_quant:  # which OptimLP leaves out of every state_dict
         masters = list(made.weight_acc.values())
 
-        def load(_: Any, state: dict) -> None:
+        def load(_: Any, state: dict[str, Any]) -> None:
             for master, saved in zip(masters, state["accumulator"], strict=True):
                 master.data.copy_(saved)
 
         optimizer.register_state_dict_post_hook(lambda _, state: state | {"accumulator": masters})
         optimizer.register_load_state_dict_pre_hook(load)
-    return made
+    wrapped: torch.optim.Optimizer = made
+    return wrapped

@@ -17,7 +17,7 @@ import claims
 import stagnation
 import sums
 
-from low_precision.wrap import quantize
+from low_precision.tensor import quantize
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("claims", "tables"))
 
@@ -63,21 +63,21 @@ def test_the_harmonic_series_stops_where_numpy_stops(name, terms, value):
 
 
 def test_the_heat_equation_without_rounding_ends_at_its_solution():
-    found, _, steps = stagnation.heat("fp16", None, 16, 1)
+    computed, _, steps = stagnation.heat("fp16", None, 16, 1)
     assert steps == 4 * 16**2
     exact = np.sin(np.pi * np.arange(1, 16) / 16)
     # Central differences have (1 + π² h²/12) times the solution at the end of time; e^(-π²) of the start is left.
-    assert np.allclose(found[0].numpy(), exact * (1 - np.exp(-(np.pi**2))) * (1 + np.pi**2 / 16**2 / 12), rtol=1e-4)
+    assert np.allclose(computed[0].numpy(), exact * (1 - np.exp(-(np.pi**2))) * (1 + np.pi**2 / 16**2 / 12), rtol=1e-4)
 
 
 def test_backward_errors_of_sums_are_those_of_a_plain_loop():
-    found = sums.errors("bfloat16", "nearest", [100], 3)[100]
+    computed = sums.errors("bfloat16", "nearest", [100], 3)[100]
     torch.manual_seed(1)
     equal = quantize(1 + torch.rand(3, dtype=torch.float64), "bfloat16")
     total = torch.zeros(3)
     for _ in range(100):
         total = (total + equal.float()).bfloat16().float()
-    assert torch.allclose(found[0], ((total - 100 * equal).abs() / (100 * equal)).double(), atol=1e-12)
+    assert torch.allclose(computed[0], ((total - 100 * equal).abs() / (100 * equal)).double(), atol=1e-12)
 
 
 @pytest.mark.parametrize("scheme", ["SR_ε", "signed-SR_ε"])
@@ -85,12 +85,12 @@ def test_backward_errors_of_sums_are_those_of_a_plain_loop():
 def test_biased_schemes_go_up_as_often_as_they_say(scheme, x, gradient):
     n = 40_000
     values = torch.full((n,), x)
-    found = biased.rounded(values, "float8_e5m2", scheme, 5, torch.full((n,), gradient))
+    computed = biased.rounded(values, "float8_e5m2", scheme, 5, torch.full((n,), gradient))
     low, high = (quantize(values[:1], "float8_e5m2", way).item() for way in ("down", "up"))
     bias = biased.EPSILON * (np.sign(x) if scheme == "SR_ε" else -gradient)
     p = min(1.0, max(0.0, (values[0].item() - low) / (high - low) + bias))
-    ups = int((found == high).sum())
-    assert ups + int((found == low).sum()) == n
+    ups = int((computed == high).sum())
+    assert ups + int((computed == low).sum()) == n
     assert stats.binomtest(ups, n, p).pvalue > 1e-4 if 0 < p < 1 else ups == n * p
 
 

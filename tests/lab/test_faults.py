@@ -6,23 +6,23 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Ran
-from test_resume import NOISY, bits, kill_self
+from run_helpers import NOISY_BOSTON, ROOT, Ran, bits, epochs_in, kill_self, only
+
+from lab.console import command
 
 EPOCH_HOOK = """
-from lab import record as track
-write = track.Record.epoch
+from lab.record import Record
+write = Record.epoch
 def epoch(record, metrics):
     if metrics["epoch"] == 3:
         fault(record)
     write(record, metrics)
-track.Record.epoch = epoch
+Record.epoch = epoch
 """
-FIVE = [*NOISY, "--epochs", 5, "--checkpoint-every", 1]
+FIVE = [*NOISY_BOSTON, "--epochs", 5, "--checkpoint-every", 1]
 
 
 @pytest.fixture
@@ -31,23 +31,12 @@ def straight(cli):
     return bits(cli(*FIVE, "--output-dir", "straight").folder)
 
 
-def the_folder(tmp_path, output="runs") -> Path:
-    (folder,) = (tmp_path / output).iterdir()
-    return folder
-
-
 def fails_in_one_line(ran, *words, resumable=True):
     assert (ran.status, ran.out) == (1, ""), ran
     lines = [line for line in ran.err.splitlines() if not line.startswith(("epoch ", "resuming "))]
     assert len(lines) == 1, ran.err
-    words = ["main.py: error: ", *words, *(["to go on: python main.py --resume runs/"] if resumable else [])]
+    words = ["main.py: error: ", *words, *([f"to go on: {command('main.py', '--resume')} runs/"] if resumable else [])]
     assert [word for word in words if word not in lines[0]] == []
-
-
-def epochs_in(folder):
-    lines = (folder / "metrics.jsonl").read_text()
-    assert lines == "" or lines.endswith("\n")
-    return [json.loads(line)["epoch"] for line in lines.splitlines()]
 
 
 # A full disk
@@ -65,7 +54,7 @@ def fault(record):
 """
     ran = child(*FIVE, before=fault + EPOCH_HOOK)
     fails_in_one_line(ran, "File too large")
-    folder = the_folder(tmp_path)
+    folder = only(tmp_path / "runs")
     assert epochs_in(folder) == ([1, 2, 3] if what == "checkpoint" else [1, 2])
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 2
     assert not list(folder.glob(".*.tmp"))
@@ -111,7 +100,7 @@ def fault(record):
 """
     ran = on_a_disk_of_its_own(FIVE, tmp_path, "256k", fault + EPOCH_HOOK)
     fails_in_one_line(ran, "No space left on device")
-    folder = the_folder(tmp_path / "disk")
+    folder = only(tmp_path / "disk" / "runs")
     assert epochs_in(folder) in ([1, 2], [1, 2, 3])  # the third, where it still fits into the file's last page
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 2
     assert bits(cli("--resume", folder).folder) == straight  # after it was copied to a disk with room
@@ -121,13 +110,13 @@ def fault(record):
 def test_a_read_only_folder(cli, child, tmp_path, straight, begun):
     if begun:
         child(*FIVE, before=kill_self("SIGTERM", 17))
-        name = the_folder(tmp_path).name
+        name = only(tmp_path / "runs").name
     script = "import subprocess; subprocess.run(['mount', '-o', 'remount,ro', '../mounted'], check=True)"
-    given = ["--resume", f"runs/{name}"] if begun else FIVE
-    ran = on_a_disk_of_its_own(given, tmp_path, "1m", script)
+    arguments = ["--resume", f"runs/{name}"] if begun else FIVE
+    ran = on_a_disk_of_its_own(arguments, tmp_path, "1m", script)
     fails_in_one_line(ran, "Read-only file system", resumable=False)
     if begun:
-        assert bits(cli("--resume", the_folder(tmp_path / "disk")).folder) == straight
+        assert bits(cli("--resume", only(tmp_path / "disk" / "runs")).folder) == straight
 
 
 # A folder that vanishes
@@ -139,23 +128,24 @@ def test_records_that_vanish_are_written_anew(child, tmp_path, straight, how, ar
     ran = child(*FIVE, *arguments, before=f"import os, shutil\ndef fault(record): {how}\n{EPOCH_HOOK}")
     assert ran.status == 0
     assert "vanished while the run went on: written anew" in ran.out
-    assert bits(the_folder(tmp_path)) == straight
+    assert bits(only(tmp_path / "runs")) == straight
     if "moved" in how:
-        assert epochs_in(the_folder(tmp_path, "moved")) == [1, 2]
+        assert epochs_in(only(tmp_path / "moved")) == [1, 2]
 
 
 def test_records_that_vanish_right_before_the_end(child, tmp_path, straight):
     script = """
-import shutil, track
-finish = track.Record.finish
+import shutil
+from lab.record import Record
+finish = Record.finish
 def finishes(record, summary):
     shutil.rmtree("runs")
     return finish(record, summary)
-track.Record.finish = finishes
+Record.finish = finishes
 """
     ran = child(*FIVE, before=script)
     assert (ran.status, "written anew" in ran.out) == (0, True)
-    assert bits(the_folder(tmp_path)) == straight
+    assert bits(only(tmp_path / "runs")) == straight
 
 
 def test_records_that_vanish_and_cannot_be_written_anew(child, tmp_path):
@@ -173,24 +163,23 @@ def test_records_that_vanish_and_cannot_be_written_anew(child, tmp_path):
 def test_out_of_memory_in_a_step(cli, child, tmp_path, straight, step):
     """By RLIMIT_AS: the process may not grow, and the next large tensor cannot be had."""
     script = f"""
-import data, resource, torch
-batches = []
-import train
-_, run_batches = None, train._batches
-def hungry(*arguments):
-    for rows in run_batches(*arguments):
+import resource, torch
+from lab.batches import Batches
+remaining, batches = Batches.remaining, []
+def hungry(self, state):
+    for batch in remaining(self, state):
         batches.append(1)
         if len(batches) == {step}:
             resource.setrlimit(resource.RLIMIT_AS, (2**30, resource.RLIM_INFINITY))
             torch.empty(2**34)
-        yield rows
-train._batches = hungry
+        yield batch
+Batches.remaining = hungry
 """
     ran = child(*FIVE, before=script)
     has_epochs = step > 7
     fails_in_one_line(ran, f"out of memory in step {step}: a --batch-size below 64 needs less", resumable=has_epochs)
     if has_epochs:
-        folder = the_folder(tmp_path)
+        folder = only(tmp_path / "runs")
         assert epochs_in(folder) == [1, 2]
         assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
         assert bits(cli("--resume", folder).folder) == straight
@@ -212,8 +201,8 @@ time.time_ns = lambda: int(next(jumps) * 1e9)
     started = time.monotonic()
     ran = child(*FIVE, "--checkpoint-every", "0.000001s", before=script)
     assert ran.status == 0
-    assert bits(the_folder(tmp_path)) == straight
-    assert 0 < ran_seconds(the_folder(tmp_path)) <= time.monotonic() - started
+    assert bits(only(tmp_path / "runs")) == straight
+    assert 0 < ran_seconds(only(tmp_path / "runs")) <= time.monotonic() - started
 
 
 def ran_seconds(folder):
@@ -222,8 +211,8 @@ def ran_seconds(folder):
 
 def test_seconds_add_up_over_sessions(cli, child, tmp_path):
     child(*FIVE, before=kill_self("SIGTERM", 17))
-    before = ran_seconds(the_folder(tmp_path))
-    ran = cli("--resume", the_folder(tmp_path))
+    before = ran_seconds(only(tmp_path / "runs"))
+    ran = cli("--resume", only(tmp_path / "runs"))
     assert ran.summary["seconds"] > before > 0
 
 
@@ -232,18 +221,19 @@ def test_nobody_reads_what_it_says(child, tmp_path, straight):
     script = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 2)"
     ran = child(*FIVE, before=script)
     assert ran.status == 0
-    assert bits(the_folder(tmp_path)) == straight
+    assert bits(only(tmp_path / "runs")) == straight
 
 
 KILLS_WANDB = """
-import os, signal, wandb_run
-def fault(record):
-    os.kill(wandb_run.running._process.pid, signal.SIGKILL)
-begin = wandb_run.Wandb.__init__
+import os, signal
+from lab.wandb_run import Wandb
+begin, running = Wandb.__init__, []
 def begins(run, *arguments):
-    wandb_run.running = run
+    running.append(run)
     begin(run, *arguments)
-wandb_run.Wandb.__init__ = begins
+Wandb.__init__ = begins
+def fault(record):
+    os.kill(running[0]._process.pid, signal.SIGKILL)
 """
 
 

@@ -1,32 +1,48 @@
 """Stopping and resuming: whatever ends a run, and wherever, --resume leads to the bits of one that was left alone."""
 
+import itertools
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_cifar10
+from run_helpers import (
+    BOSTON,
+    NOISY_BOSTON,
+    bits,
+    has_failed,
+    is_refused,
+    kill_self,
+    names,
+    only,
+    resumable,
+    signal_after,
+    snapshot,
+    stopped,
+    write_cifar10,
+)
 
-from lab import console
-from lab import metrics as measure
-from lab import record as track
-from low_precision.engines import choice as engines
+from lab import metrics
+from lab.console import command
+from lab.interrupt import Stop
+from lab.record import Record
+from lab.resume import RunEnded
+from low_precision.engines import choice
 from settings.config import Config
 
-BOSTON = ["--dataset", "boston", "--batch-size", 64, "--epochs", 4]  # 7 steps an epoch
-NOISY = [*BOSTON, "--precision", "float8", "--rounding", "stochastic"]
 RUNS = {
-    "everything rounded": [*NOISY, "--momentum", 0.9, "--site", "accumulator=float16:stochastic"],
+    "everything rounded": [*NOISY_BOSTON, "--momentum", 0.9, "--site", "accumulator=float16:stochastic"],
     "float32": [*BOSTON, "--momentum", 0.9, "--schedule", "onecycle"],
-    "float32 accumulator": [*NOISY, "--site", "accumulator=float32", "--schedule", "cosine"],
-    "dynamic loss scale": [*NOISY, "--precision", "float8_e4m3fn", "--loss-scale", "dynamic"],
-    "adam": [*NOISY, "--optimizer", "adam", "--site", "momentum=float16:stochastic"],
+    "float32 accumulator": [*NOISY_BOSTON, "--site", "accumulator=float32", "--schedule", "cosine"],
+    "dynamic loss scale": [*NOISY_BOSTON, "--precision", "float8_e4m3fn", "--loss-scale", "dynamic"],
+    "adam": [*NOISY_BOSTON, "--optimizer", "adam", "--site", "momentum=float16:stochastic"],
     "toy": ["--epochs", 28, "--precision", "float8", "--rounding", "stochastic"],
     "mlp": ["--dataset", "breast_cancer", "--epochs", 7, "--batch-size", 128, "--optimizer", "adamw"],
     "cnn": ["--dataset", "digits", "--epochs", 4, "--batch-size", 60, "--test-split", 0.8, "--precision", "float8"],
-    "augmented images": ["--dataset", "cifar10", "--model", "cnn", "--epochs", 4, "--batch-size", 8, *NOISY[6:]],
-    "compensation": [*NOISY, "--site", "compensation=float8", "--momentum", 0.9],
+    "augmented images": ["--dataset", "cifar10", "--model", "cnn", "--epochs", 4, "--batch-size", 8, *NOISY_BOSTON[6:]],
+    "compensation": [*NOISY_BOSTON, "--site", "compensation=float8", "--momentum", 0.9],
     "average": ["--dataset", "cifar10", "--epochs", 4, "--batch-size", 8, "--average-last", 0.5],
     "batch norm": ["--dataset", "cifar10", "--epochs", 4, "--batch-size", 8, "--recipe", "qtorch-tutorial"],
 }
@@ -46,46 +62,6 @@ def arguments_of(name, folder):
     return [*RUNS[name], *(["--data-dir", folder] if "cifar10" in RUNS[name] else [])]
 
 
-def bits(folder):
-    """All that a run leaves but for times and places: the metrics' bytes, and every tensor and number."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint.pt",
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-    ]
-    summary = json.loads((folder / "summary.json").read_text())
-    for name in ("seconds", "resumed", "command", "environment"):
-        del summary[name]
-    flat = {}
-
-    def visit(path, value):
-        if isinstance(value, dict | list | tuple):
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                visit(f"{path}/{key}", item)
-        else:
-            flat[path] = value.numpy().tobytes() if torch.is_tensor(value) else value
-
-    for name in state.keys() - {"config", "command", "seconds", "resumed", "wandb_id"}:
-        visit(name, state[name])
-    return (folder / "metrics.jsonl").read_bytes(), summary, flat
-
-
-def signal_after(patch, steps, number=signal.SIGTERM, times=1):
-    """Send ourselves that signal after so many steps, counted from now."""
-    step, done = console.Progress.step, []
-
-    def stepped(progress):
-        step(progress)
-        done.append(1)
-        if len(done) == steps:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-
-    patch.setattr(console.Progress, "step", stepped)
-
-
 def goes_on(cli, arguments, stops, monkeypatch):
     """Start, stop after each of these numbers of steps, and resume, to the end. Returns the last of them."""
     ran, call = None, arguments
@@ -94,8 +70,7 @@ def goes_on(cli, arguments, stops, monkeypatch):
             signal_after(patch, steps)
             ran = cli(*call)
         assert (ran.status, ran.out) == (143, ""), ran
-        folder = ran.err.rpartition("--resume ")[2].strip()
-        call = ["--resume", folder]
+        call = ["--resume", resumable(ran.err)]
     return cli(*call)
 
 
@@ -109,10 +84,10 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_left_alone(cli, tmp_path
     resumed = goes_on(cli, arguments, stops, monkeypatch)
     assert resumed.status == 0
     assert bits(resumed.folder) == expected
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [resumed.folder.name]
-    at = [sum(stops[: i + 1]) for i in range(len(stops))]
-    assert resumed.summary["resumed"] == at
-    assert f"step {at[-1]}\n" in resumed.err
+    assert names(tmp_path / "runs") == [resumed.folder.name]
+    steps = list(itertools.accumulate(stops))
+    assert resumed.summary["resumed"] == steps
+    assert f"step {steps[-1]}\n" in resumed.err
     assert "--resume" not in resumed.summary["command"]
 
 
@@ -120,8 +95,8 @@ def test_a_stopped_run_ends_in_the_bits_of_one_that_was_left_alone(cli, tmp_path
 def test_how_often_checkpoints_are_written_changes_no_bit(cli, tmp_path, monkeypatch, every):
     arguments = arguments_of("augmented images", tmp_path)
     expected = cli(*arguments, "--output-dir", "straight")
-    written, write = [], track.Record.checkpoint
-    monkeypatch.setattr(track.Record, "checkpoint", lambda record, data: written.append(write(record, data)))
+    written, write = [], Record.checkpoint
+    monkeypatch.setattr(Record, "checkpoint", lambda record, data: written.append(write(record, data)))
     ran = cli(*arguments, "--checkpoint-every", every)
     assert len(written) == {"1": 4, "3": 2}.get(every, 4 * 4 + 4)  # before each of 4 steps, after each epoch
     assert bits(ran.folder) == bits(expected.folder)
@@ -132,8 +107,8 @@ def test_how_often_checkpoints_are_written_changes_no_bit(cli, tmp_path, monkeyp
 def test_stopped_while_it_is_evaluated(cli, tmp_path, monkeypatch, chunk):
     arguments = ["--dataset", "digits", "--epochs", 2, "--precision", "float8", "--rounding", "stochastic"]
     expected = bits(cli(*arguments, "--output-dir", "straight").folder)
-    monkeypatch.setattr(measure, "EVALUATION_ROWS", 100)  # 4 chunks
-    checks, check = [], console.Stop.check
+    monkeypatch.setattr(metrics, "EVALUATION_ROWS", 100)  # 4 chunks
+    checks, check = [], Stop.check
 
     def stop_in_the_chunk(stop):
         checks.append(1)
@@ -142,24 +117,24 @@ def test_stopped_while_it_is_evaluated(cli, tmp_path, monkeypatch, chunk):
         check(stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(console.Stop, "check", stop_in_the_chunk)
+        patch.setattr(Stop, "check", stop_in_the_chunk)
         assert cli(*arguments).status == 143
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only(tmp_path / "runs")
     assert (folder / "metrics.jsonl").read_text() == ""
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert bits(cli("--resume", folder).folder) == expected
 
 
-@pytest.mark.parametrize("first", [e for e in ("auto", *engines.ENGINES) if e != "qtorch"])
-@pytest.mark.parametrize("second", [e for e in ("auto", *engines.ENGINES) if e != "qtorch"])
+@pytest.mark.parametrize("first", [e for e in ("auto", *choice.ENGINES) if e != "qtorch"])
+@pytest.mark.parametrize("second", [e for e in ("auto", *choice.ENGINES) if e != "qtorch"])
 def test_engines_take_over_from_each_other(cli, monkeypatch, first, second):
     arguments = RUNS["everything rounded"]
     expected = bits(cli(*arguments, "--output-dir", "straight").folder)
     with monkeypatch.context() as patch:
         signal_after(patch, 10)
         cli(*arguments, "--backend", first)
-    (folder,) = track.Path("runs").iterdir()
+    folder = only(Path("runs"))
     ran = cli("--resume", folder, "--backend", second)
     assert bits(ran.folder) == expected
     assert ran.config["backend"] == second
@@ -177,7 +152,7 @@ def test_a_diverged_run_that_was_killed_before_it_said_so(cli, monkeypatch):
     arguments = ["--dataset", "breast_cancer", "--learning-rate", 1e30, "--epochs", 50, "--batch-size", 4]
     expected = cli(*arguments, "--output-dir", "straight")
     with monkeypatch.context() as patch:
-        patch.setattr(track.Record, "finish", lambda record, summary: record.folder)  # as a kill there
+        patch.setattr(Record, "finish", lambda record, summary: record.folder)  # as a kill there
         killed = cli(*arguments)
     ran = cli("--resume", killed.folder)
     assert (ran.status, ran.summary["status"]) == (0, "diverged")
@@ -198,14 +173,15 @@ def test_what_is_finished_says_so(cli, epochs):
 # Signals
 
 
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_and_says_how_to_go_on(cli, tmp_path, monkeypatch, number, status):
     signal_after(monkeypatch, 17, number)
-    ran = cli(*NOISY)
+    ran = cli(*NOISY_BOSTON)
     assert (ran.status, ran.out) == (status, "")
-    (folder,) = (tmp_path / "runs").iterdir()
-    told = f"interrupted: recorded so far in runs/{folder.name}; to go on: python main.py --resume runs/{folder.name}"
-    assert ran.err.splitlines()[-1] == told
+    folder = only(tmp_path / "runs")
+    resume = command("main.py", "--resume", f"runs/{folder.name}")
+    assert ran.err.splitlines()[-1] == f"interrupted: recorded so far in runs/{folder.name}; to go on: {resume}"
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["batch"], state["step"]) == (2, 3, 17)
     summary = json.loads((folder / "summary.json").read_text())
@@ -215,23 +191,23 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(cli, tmp_path, monkeypatch
 
 def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(cli, tmp_path, monkeypatch):
     signal_after(monkeypatch, 17, signal.SIGINT, times=2)
-    ran = cli(*NOISY, "--checkpoint-every", 1)
+    ran = cli(*NOISY_BOSTON, "--checkpoint-every", 1)
     assert ran.status == 130
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only(tmp_path / "runs")
     assert f"--resume runs/{folder.name}" in ran.err
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 14
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    expected = cli(*NOISY, "--output-dir", "straight")
+    expected = cli(*NOISY_BOSTON, "--output-dir", "straight")
     assert bits(cli("--resume", folder).folder) == bits(expected.folder)
 
 
 def test_a_terminal_that_is_closed(cli, child, tmp_path):
     """SIGHUP, and nothing can be said any more."""
-    expected = bits(cli(*NOISY, "--output-dir", "straight").folder)
+    expected = bits(cli(*NOISY_BOSTON, "--output-dir", "straight").folder)
     closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 2)\n"
-    assert child(*NOISY, before=closed + kill_self("SIGHUP")).status == 129
-    (folder,) = (tmp_path / "runs").iterdir()
+    assert child(*NOISY_BOSTON, before=closed + kill_self("SIGHUP")).status == 129
+    folder = only(tmp_path / "runs")
     assert bits(cli("--resume", folder).folder) == expected
 
 
@@ -242,7 +218,7 @@ def test_a_signal_while_wandb_is_waited_for_costs_no_result(cli, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wandb_run.Wandb, "finish", interrupted)
-    ran = cli(*NOISY)
+    ran = cli(*NOISY_BOSTON)
     assert (ran.status, ran.summary["status"]) == (0, "complete")
     assert ran.out.splitlines()[-1] == "wandb: not waited for"
 
@@ -250,7 +226,7 @@ def test_a_signal_while_wandb_is_waited_for_costs_no_result(cli, monkeypatch):
 def test_a_signal_before_it_began_touches_nothing(cli, tmp_path, monkeypatch):
     import data
 
-    folder = stopped(cli, monkeypatch, *NOISY)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     before = snapshot(tmp_path)
     monkeypatch.setattr(data, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     ran = cli("--resume", folder)
@@ -259,29 +235,19 @@ def test_a_signal_before_it_began_touches_nothing(cli, tmp_path, monkeypatch):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(child):
-    ran = child(*NOISY, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + kill_self("SIGHUP"))
+    ran = child(
+        *NOISY_BOSTON, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + kill_self("SIGHUP")
+    )
     assert ran.status == 0
     assert "stopping" not in ran.err
-
-
-def kill_self(name, step=9):
-    return f"""
-import os, signal
-from lab import console
-step, done = console.Progress.step, []
-def stepped(progress):
-    step(progress)
-    done.append(1)
-    if len(done) == {step}:
-        os.kill(os.getpid(), signal.{name})
-console.Progress.step = stepped
-"""
 
 
 # kill -9
 
 DIES = """
-import os, pathlib, signal, track
+import os, pathlib, signal
+from lab.record import Record
+from lab.resume import RunEnded
 calls = 0
 def dying(function, before):
     def call(*arguments, **named):
@@ -295,7 +261,7 @@ def dying(function, before):
         return result
     return call
 for holder, name in ((os, "fsync"), (os, "replace"), (pathlib.Path, "rename"), (pathlib.Path, "mkdir"),
-                     (track.Record, "_append")):
+                     (Record, "_append")):
     setattr(holder, name, dying(getattr(holder, name), {before}))
 """
 
@@ -303,7 +269,7 @@ for holder, name in ((os, "fsync"), (os, "replace"), (pathlib.Path, "rename"), (
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_killed_around_each_thing_that_it_writes(cli, child, tmp_path, before):
     """Each mkdir, fsync, rename and line: whatever lies there can be resumed, or begun anew if nothing lies there."""
-    arguments = [*NOISY, "--epochs", 3, "--checkpoint-every", 1]
+    arguments = [*NOISY_BOSTON, "--epochs", 3, "--checkpoint-every", 1]
     expected = bits(cli(*arguments, "--output-dir", "straight").folder)
     resumed = 0
     for call in range(1, 100):
@@ -322,7 +288,7 @@ def test_killed_around_each_thing_that_it_writes(cli, child, tmp_path, before):
         assert again.status == 0, again
         resumed += 1
         assert bits(again.folder) == expected
-        assert [path.name for path in (tmp_path / output).iterdir()] == [again.folder.name]
+        assert names(tmp_path / output) == [again.folder.name]
     assert call < 99
     assert resumed >= 12
 
@@ -338,31 +304,13 @@ def test_killed_again_and_again(cli, child, tmp_path, seed):
         ran = child(*call, before=kill_self("SIGKILL", step))
         if ran.status == 0:
             break
-        (folder,) = (tmp_path / "runs").iterdir()
+        folder = only(tmp_path / "runs")
         call = ["--resume", folder.with_name(folder.name.partition(".")[0])]
     assert bits(ran.folder) == expected
     assert len(ran.summary["resumed"]) >= 2
 
 
 # What is refused
-
-
-def stopped(cli, monkeypatch, *arguments, steps=10):
-    with monkeypatch.context() as patch:
-        signal_after(patch, steps)
-        ran = cli(*arguments)
-    assert ran.status == 143
-    return track.Path(ran.err.rpartition("--resume ")[2].strip())
-
-
-def is_refused(ran, status, *words):
-    assert (ran.status, ran.out) == (status, "")
-    assert len(ran.err.splitlines()) == 1
-    assert [word for word in ("main.py: error: ", *words) if word not in ran.err] == []
-
-
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -379,14 +327,14 @@ def snapshot(folder):
     ],
 )
 def test_flags_that_would_change_the_result(cli, tmp_path, monkeypatch, given, words):
-    folder = stopped(cli, monkeypatch, *NOISY)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     before = snapshot(tmp_path)
-    is_refused(cli("--resume", folder, *given), 2, *words)
+    is_refused(cli("--resume", folder, *given), *words)
     assert snapshot(tmp_path) == before
 
 
 def test_flags_that_do_not_are_taken(cli, monkeypatch):
-    folder = stopped(cli, monkeypatch, *NOISY)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     given = [
         "--checkpoint-every",
         "2h",
@@ -405,39 +353,39 @@ def test_flags_that_do_not_are_taken(cli, monkeypatch):
 
 
 def test_the_checkpoint_of_another_configuration(cli, tmp_path, monkeypatch):
-    folder = stopped(cli, monkeypatch, *NOISY)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"epochs": 9, "rounding_seed": 7}))
     before = snapshot(tmp_path)
-    is_refused(cli("--resume", folder), 2, "checkpoint.pt", "--epochs 9, not 4", "--rounding-seed 7, not 42")
+    is_refused(cli("--resume", folder), "checkpoint.pt", "--epochs 9, not 4", "--rounding-seed 7, not 42")
     assert snapshot(tmp_path) == before
 
 
 def test_no_record(cli, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    is_refused(cli("--resume", "nothing"), 2, "--resume: given nothing", "the folder of a record")
-    is_refused(cli("--resume", "file"), 2, "--resume: given file", "the folder of a record")
-    is_refused(cli("--resume", "empty"), 2, "no config.json")
+    is_refused(cli("--resume", "nothing"), "--resume: given nothing", "the folder of a record")
+    is_refused(cli("--resume", "file"), "--resume: given file", "the folder of a record")
+    is_refused(cli("--resume", "empty"), "no config.json")
     for text in ("{", "[]", '{"epochs": -1}', '{"colour": 1}', "\udcff", "[" * 100_000):
         (tmp_path / "empty" / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-        is_refused(cli("--resume", "empty"), 2, "config.json: ")
+        is_refused(cli("--resume", "empty"), "config.json: ")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "empty", "file"]
 
 
 def test_a_record_that_another_process_writes(cli, tmp_path, monkeypatch):
-    folder = stopped(cli, monkeypatch, *NOISY)
-    going = track.Record.resume(folder, json.loads((folder / "config.json").read_text()), [], None)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
+    going = Record.resume(folder, json.loads((folder / "config.json").read_text()), [], None)
     before = snapshot(tmp_path)
-    is_refused(cli("--resume", going.folder), 1, "in use by another process", going.folder.name)
-    is_refused(cli("--resume", folder), 2, "--resume", f"no process writes to ({going.folder} is in use)")
+    has_failed(cli("--resume", going.folder), "in use by another process", going.folder.name)
+    is_refused(cli("--resume", folder), "--resume", f"no process writes to ({going.folder} is in use)")
     assert snapshot(tmp_path) == before
     going.finish({"status": "interrupted"})
 
 
 def test_two_that_resume_the_same_at_once(cli, child, tmp_path, monkeypatch):
-    expected = bits(cli(*NOISY, "--output-dir", "straight").folder)
-    folder = stopped(cli, monkeypatch, *NOISY)
+    expected = bits(cli(*NOISY_BOSTON, "--output-dir", "straight").folder)
+    folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
         place.mkdir()
@@ -450,30 +398,31 @@ def test_two_that_resume_the_same_at_once(cli, child, tmp_path, monkeypatch):
         said = [(place / "stderr").read_text() for place in places]
         assert sum("main.py: error: " in text for text in said) == 1
     assert not any("Traceback" in (place / "stderr").read_text() for place in places)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert names(tmp_path / "runs") == [folder.name]
     assert bits(tmp_path / folder) == expected
 
 
 def test_two_of_the_same_command_at_once(cli, child, tmp_path):
-    expected = bits(cli(*NOISY, "--output-dir", "straight").folder)
-    processes = [child(*NOISY, "--output-dir", tmp_path / "runs", folder=tmp_path, wait=False) for _ in range(3)]
+    expected = bits(cli(*NOISY_BOSTON, "--output-dir", "straight").folder)
+    processes = [child(*NOISY_BOSTON, "--output-dir", tmp_path / "runs", folder=tmp_path, wait=False) for _ in range(3)]
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only(tmp_path / "runs")
     assert bits(folder) == expected
 
 
 def test_the_same_command_again_offers_to_go_on(cli, tmp_path, monkeypatch):
-    first = stopped(cli, monkeypatch, *NOISY, steps=8)
-    further = stopped(cli, monkeypatch, *NOISY, steps=15)
+    first = stopped(cli, monkeypatch, *NOISY_BOSTON, steps=8)
+    further = stopped(cli, monkeypatch, *NOISY_BOSTON, steps=15)
     assert further.name.startswith(f"{first.name}.partial-")
-    ran = cli(*NOISY)
-    offer = f"2 of 4 epochs are in {further}; to go on with it: python main.py --resume {further}; this starts anew"
+    ran = cli(*NOISY_BOSTON)
+    resume = command("main.py", "--resume", str(further))
+    offer = f"2 of 4 epochs are in {further}; to go on with it: {resume}; this starts anew"
     assert ran.err.splitlines()[0] == f"unfinished before: {offer}"
     assert ran.summary["resumed"] == []
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [first.name]
-    assert "unfinished" not in cli(*NOISY).err
+    assert names(tmp_path / "runs") == [first.name]
+    assert "unfinished" not in cli(*NOISY_BOSTON).err
 
 
 def test_from_python(tmp_path, monkeypatch):
@@ -485,6 +434,8 @@ def test_from_python(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt) as stop:
             train.run(config)
     assert stop.value.args == (signal.SIGTERM,)
-    assert "--resume" in stop.value.__notes__[0]
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder, ended = only(tmp_path / "runs"), RunEnded.of(stop.value)
+    assert (ended.folder, ended.notes) == (folder, [])
+    resume = command("main.py", "--resume", str(folder))
+    assert str(ended) == f"recorded so far in {folder}; to go on: {resume}"
     assert train.run(config, resume=folder).summary["resumed"] == [3]

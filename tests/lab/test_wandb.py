@@ -1,167 +1,34 @@
-"""wandb_run.py: nothing that happens to wandb reaches the training, and nothing that was logged is lost."""
+"""wandb_run.py: which mode is started, what is recorded, online and offline, at once and in a run that is resumed."""
 
 import contextlib
 import json
 import os
 import pty
-import shlex
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from run_helpers import ROOT, names
+from wandb_helpers import (
+    KEY,
+    NAME,
+    STEPS,
+    assert_whole,
+    folder_in,
+    history,
+    server,
+    stored,
+    tracker,
+    uploaded,
+    whole_run,
+)
 
 from lab import wandb_run
 
-KEY = "0123456789" * 4  # of the form of an API key
-NAME = "boston-float8-nearest-42-1a2b3c4d"
-ROOT = Path(wandb_run.__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch, tmp_path_factory):
-    """No wandb setting, key or netrc of whoever runs the tests; a home of their own."""
-    for name in list(os.environ):
-        if name.startswith("WANDB_") or name == "NETRC":
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-
-
-def strict(text):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-STEPS = [{"Training.MSE": 1 / (step + 1), "Testing.MSE": step * 0.1} for step in range(30)]
-
-
-def tracker(mode, directory, **changes):
-    given = {"project": None, "entity": None, "name": NAME[:-9], "group": "boston", "config": {"seed": 42, "a": [1]}}
-    return wandb_run.Wandb(mode, directory=directory, **(given | changes))
-
-
-def whole_run(mode, directory, exit_code=0, **changes):
-    run = tracker(mode, directory, **changes)
-    for step, metrics in enumerate(STEPS):
-        run.log(metrics, step=step)
-    return run.finish({"status": "complete", "testing_mse": 0.5}, exit_code)
-
-
-def folder_in(lines):
-    """The folder that the last line tells the user to upload, as a shell would read it."""
-    words = shlex.split(lines[-1])
-    assert words[-3:-1] == ["wandb", "sync"]
-    return Path(words[-1])
-
-
-def stored(folder):
-    """All records of a run's .wandb file: blocks of 32768 bytes, records of which (crc32, length, type) comes first."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (file,) = folder.glob("*.wandb")
-    data = file.read_bytes()
-    assert data[:4] == b":W&B"
-    at, parts, records = 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little for a header: the rest of the block is empty
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def history(records):
-    steps = {}
-    for record in records:
-        if record.HasField("history"):
-            items = {
-                (item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
-            }
-            steps[items["_step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
-    return steps
-
-
-def assert_whole(lines, warnings=0):
-    """The lines tell of an offline run that has every metric of every step."""
-    assert [line.startswith("wandb: warning: ") for line in lines] == [True] * warnings + [False], lines
-    records = stored(folder_in(lines))
-    assert history(records) == dict(enumerate(STEPS))
-    return records
-
-
-@contextlib.contextmanager
-def server(monkeypatch, *, key=True, status=200, hang_at=None):
-    """A W&B server that knows just enough: the run's creation, its history, its files (it wants none)."""
-    requests, released = [], threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            requests.append((self.path, body.decode(errors="replace")))
-            if hang_at and hang_at in requests[-1][0]:
-                released.wait()
-            answer = {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}}
-            if status != 200:
-                answer = {"errors": [{"message": "user is not logged in"}]}
-            elif "upsertBucket" in requests[-1][1]:
-                given = json.loads(body)["variables"]
-                project = {"id": "p", "name": given.get("project"), "entity": {"id": "e", "name": "somebody"}}
-                bucket = {"id": "b", "name": given.get("name"), "config": "{}", "project": project}
-                answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-            data = json.dumps(answer).encode()
-            with contextlib.suppress(OSError):
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        do_GET = do_PUT = do_POST
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
-    if key:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-    try:
-        yield requests
-    finally:
-        released.set()
-        listening.shutdown()
-        listening.server_close()
-
-
-def uploaded(requests):
-    """The history that the server was sent, by step."""
-    steps = {}
-    for path, body in requests:
-        if path.endswith("/file_stream"):
-            for line in json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
-                items = json.loads(line)
-                steps[items["_step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
-    return steps
+pytestmark = pytest.mark.usefixtures("bare_wandb")
 
 
 def test_offline_records_every_metric_of_every_step(tmp_path):
@@ -338,151 +205,6 @@ assert threading.active_count() == 1
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, env=environment)
     assert run.returncode == (3 if exit_by == "exception" else 0)
     assert names(tmp_path) == []
-
-
-def test_wandb_that_is_not_installed_costs_one_warning(tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert whole_run("auto", tmp_path / "runs") == [
-        "wandb: warning: No module named wandb",
-        "wandb: warning: the run is not recorded there",
-    ]
-
-
-def test_wandb_that_breaks_costs_a_warning(tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken\\nin two lines')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert whole_run("auto", tmp_path / "runs") == [
-        "wandb: warning: broken",
-        "wandb: warning: the run is not recorded there",
-    ]
-
-
-def test_a_process_that_cannot_be_started_costs_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb_run.sys, "executable", str(tmp_path / "no python"))
-    (line,) = whole_run("offline", tmp_path)
-    assert line.startswith("wandb: warning: cannot start a process for it: ")
-
-
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    lines = whole_run("offline", tmp_path / "file")
-    assert "cannot write to" in lines[0]
-    assert_whole(lines, warnings=1)
-
-
-def test_servers_that_refuse_or_never_answer_cost_a_warning_and_no_metric(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            ports = [mute.getsockname()[1], closed.getsockname()[1]]
-        runs = []
-        for port in ports:
-            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-            runs.append(tracker("online", tmp_path))
-        for run in runs:  # both at once, for the sake of time
-            for step, metrics in enumerate(STEPS):
-                run.log(metrics, step=step)
-        for run in runs:
-            assert_whole(run.finish({}), warnings=1)
-    assert len([name for name in names(tmp_path / "wandb") if "run-" in name and name != "latest-run"]) == 2
-
-
-def test_a_key_that_the_server_does_not_know_costs_a_warning_and_no_metric(tmp_path, monkeypatch):
-    with server(monkeypatch, status=401):
-        lines = whole_run("online", tmp_path)
-    assert "not logged in" in lines[0]
-    assert_whole(lines, warnings=1)
-
-
-def test_a_key_of_the_wrong_form_costs_a_warning_and_no_metric(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    lines = whole_run("auto", tmp_path)
-    assert "WANDB_API_KEY invalid" in lines[0]
-    assert "short" not in lines[0]
-    assert_whole(lines, warnings=1)
-
-
-def test_a_server_that_falls_silent_half_way_costs_a_warning_and_no_metric(tmp_path, monkeypatch):
-    with server(monkeypatch, hang_at="/file_stream"):
-        lines = whole_run("online", tmp_path)
-    assert "/runs/" in lines[0]
-    assert "did not take everything" in lines[1]
-    assert history(stored(folder_in(lines))) == dict(enumerate(STEPS))
-
-
-def wandb_core(run, directory):
-    """The process id of wandb's own service, once the run has begun."""
-    deadline = time.monotonic() + 60
-    while not list(directory.glob("wandb/*run-*/*.wandb")):
-        assert time.monotonic() < deadline, "wandb did not start"
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            name, _, rest = stat.read_text().rpartition(")")
-            if "wandb-core" in name and int(rest.split()[1]) == run._process.pid:
-                return int(stat.parent.name)
-    raise AssertionError("no wandb-core in /proc")
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds wandb's processes in /proc")
-@pytest.mark.parametrize("victim", ["wandb-core", "relay"])
-def test_wandb_killed_half_way_costs_a_warning_and_no_metric(tmp_path, victim):
-    run = tracker("offline", tmp_path)
-    for step in range(15):
-        run.log(STEPS[step], step=step)
-    core = wandb_core(run, tmp_path)
-    os.kill(core if victim == "wandb-core" else run._process.pid, signal.SIGKILL)
-    for step in range(15, 30):
-        run.log(STEPS[step], step=step)
-    assert_whole(run.finish({}), warnings=1)
-
-
-def test_a_process_that_reads_nothing_never_holds_up_the_training(tmp_path):
-    run = tracker("offline", tmp_path)
-    os.kill(run._process.pid, signal.SIGSTOP)
-    text = "x" * 1000
-    for step in range(300):  # more than a pipe holds
-        run.log({"text": text}, step=step)
-    os.kill(run._process.pid, signal.SIGCONT)
-    lines = run.finish({})
-    assert len(lines) == 1
-    assert history(stored(folder_in(lines))) == {step: {"text": text} for step in range(300)}
-
-
-@pytest.mark.parametrize(
-    ("ending", "returncode", "exit_code"),
-    [
-        ("run.finish({}, exit_code=1)", 0, 1),  # after Ctrl-C, which the whole process group got
-        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, 1),
-        ("raise SystemExit(1)", 1, 1),  # without finish
-    ],
-)
-def test_a_training_that_ends_early_has_its_run_closed(tmp_path, ending, returncode, exit_code):
-    code = f"""
-import os, signal
-from lab import wandb_run
-run = wandb_run.Wandb("offline", None, None, "name", "group", {{}}, {str(tmp_path)!r})
-try:
-    for step in range(30):
-        run.log({{"loss": 0.5 * step}}, step=step)
-    os.killpg(0, signal.SIGINT)
-    signal.pause()
-except KeyboardInterrupt:
-    {ending}
-"""
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
-    assert run.wait(timeout=60) == returncode
-    deadline = time.monotonic() + 60  # where the training was killed, the run is closed after its end
-    while not (exits := closed_runs(tmp_path)) and time.monotonic() < deadline:
-        pass
-    assert exits == [exit_code]
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert history(stored(folder)) == {step: {"loss": 0.5 * step} for step in range(30)}
-
-
-def closed_runs(directory):
-    records = [stored(file.parent) for file in directory.glob("wandb/offline-run-*/*.wandb") if file.stat().st_size > 7]
-    return [record.exit.exit_code for run in records for record in run if record.HasField("exit")]
 
 
 # A run that is resumed

@@ -11,8 +11,9 @@ import oracles
 import pytest
 import torch
 
-from low_precision.formats import BLOCKS, FewBits, Rounding, format_named
-from low_precision.wrap import quantize
+from low_precision.formats import BLOCKS, format_named
+from low_precision.rounding import FewBits, Rounding
+from low_precision.tensor import quantize
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 MODES = {
@@ -74,9 +75,9 @@ def test_fixed_point_is_multiples_between_bounds(name, rounding):
             "down": below,
         }[rounding]
         expected.append(math.ldexp(max(lowest, min(highest, result)), -fraction))
-    found = ours(x, name, rounding)
-    assert found.tolist() == expected
-    assert not np.signbit(found[found == 0]).any()
+    rounded = ours(x, name, rounding)
+    assert rounded.tolist() == expected
+    assert not np.signbit(rounded[rounded == 0]).any()
 
 
 def test_fixed_points_special_values():
@@ -149,8 +150,8 @@ def test_microscaling_is_gfloats(name, rounding):
     for row in x:
         with np.errstate(all="ignore"):
             theirs = gfloat.quantize_block(MX[name], row.astype(np.float64), gfloat.compute_scale_amax, MODES[rounding])
-        found = ours(row[None], name, rounding)[0]
-        assert np.array_equal(found, theirs.astype(np.float32)), (found, theirs)
+        mine = ours(row[None], name, rounding)[0]
+        assert np.array_equal(mine, theirs.astype(np.float32)), (mine, theirs)
 
 
 @pytest.mark.slow
@@ -201,12 +202,12 @@ def test_special_values_in_blocks(name):
     expected = quantize(x, name)
     x[1, 3] = math.nan
     x[1, 4] = -0.0
-    found = quantize(x, name)
-    assert found[1, 3].isnan()
-    assert found[1, 4] == 0
+    rounded = quantize(x, name)
+    assert rounded[1, 3].isnan()
+    assert rounded[1, 4] == 0
     others = torch.ones_like(x, dtype=torch.bool)
     others[1, 3:5] = False
-    assert torch.equal(found[others], expected[others])
+    assert torch.equal(rounded[others], expected[others])
     x[1, 5] = -math.inf
     saturated = quantize(x, name)
     assert saturated[1, 5] < -1e38

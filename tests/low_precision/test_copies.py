@@ -9,19 +9,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sites import FLOAT8, batch, equal, holds, parameters, rules, small
-from test_use import AROUND, around, everything, rounded, train
 from torch import nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
+from training_helpers import (
+    AROUND,
+    FLOAT8,
+    FLOAT16,
+    batch,
+    equal,
+    everything,
+    holds,
+    parameters,
+    rounded,
+    rounded_sgd,
+    rules,
+    small,
+    train,
+)
 
-from low_precision import model as sites
-from low_precision.formats import NAMED, format_named
+from low_precision import layers
+from low_precision.formats import format_named
+from low_precision.loss_scale import OverflowWatch
 from low_precision.optimizer import EXTRA_STATE
-from low_precision.wrap import Scheme, quantize_model, quantize_optimizer
-
-FLOAT16 = NAMED["float16"]
-
+from low_precision.scheme import Scheme
+from low_precision.wrap import quantize_model, quantize_optimizer
 
 # Copies
 
@@ -46,7 +58,7 @@ def test_a_copy_trains_on_as_the_model_would_and_leaves_it_alone(how):
     model, optimizer = everything()
     train(model, optimizer, range(3))
     twin = copied(how, model)
-    theirs = around(twin)
+    theirs = rounded_sgd(twin)
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before = parameters(model)
     extra = copy.deepcopy(optimizer.state_dict()[EXTRA_STATE])
@@ -146,7 +158,7 @@ def replicate(model: nn.Module, index: int) -> nn.Module:
 
 
 def test_replicas_round_with_noise_of_their_own_in_whatever_order_they_run(monkeypatch):
-    monkeypatch.setattr(sites, "_replica", lambda layer, x: getattr(layer, "index", 0))
+    monkeypatch.setattr(layers, "_replica", lambda layer, x: getattr(layer, "index", 0))
     x, _ = batch("mlp", n=64)
     met = []
     for order in ([0, 1], [1, 0], "at once"):
@@ -174,18 +186,18 @@ def test_replicas_round_with_noise_of_their_own_in_whatever_order_they_run(monke
 def test_a_replica_is_told_by_its_device():
     layer = nn.Linear(2, 2)
     x = SimpleNamespace(device=torch.device("cuda", 3))
-    assert sites._replica(layer, x) == 0  # the noise of a model does not depend on the device that it is on
+    assert layers._replica(layer, x) == 0  # the noise of a model does not depend on the device that it is on
     replica = layer._replicate_for_data_parallel()
-    assert sites._replica(replica, x) == 3
-    assert sites._replica(replica, torch.ones(1)) == 0
+    assert layers._replica(replica, x) == 3
+    assert layers._replica(replica, torch.ones(1)) == 0
 
 
 def test_overflows_on_several_devices_are_all_found():
-    clock = sites.Clock()
+    watch = OverflowWatch()
     for device, overflowed in [("cpu", True), ("meta", False), ("cpu", False)]:
-        clock.note(torch.tensor(overflowed, device=device))
-    assert bool(clock.overflowed[torch.device("cpu")])
-    assert len(clock.overflowed) == 2
+        watch.note(torch.tensor(overflowed, device=device))
+    assert bool(watch._overflowed[torch.device("cpu")])
+    assert len(watch._overflowed) == 2
 
 
 def test_tensors_given_for_the_parameters_are_used_as_they_are():
@@ -240,7 +252,7 @@ def test_tied_weights_are_one_tensor_in_one_stream():
     for m in (model, twin):
         rounded(m, "weights", accumulator="float16")
     assert twin[1].weight is twin[0].weight
-    optimizers = [around(m) for m in (model, twin)]
+    optimizers = [rounded_sgd(m) for m in (model, twin)]
     for m, optimizer in zip((model, twin), optimizers, strict=True):
         for _ in range(3):
             optimizer.zero_grad()

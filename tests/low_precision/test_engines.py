@@ -1,28 +1,36 @@
 """Every engine gives the bits of the readable one, whatever the numbers, the layout, the type and the threads."""
 
+import ctypes
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import oracles
 import pytest
 import torch
 
-from low_precision.engines import eager, fused
-from low_precision.engines import loops as compiled
-from low_precision.formats import FLOAT32, NAMED, FewBits, Overflow, Rounding, format_named, is_random
+from low_precision.engines import eager, fused, loops, tasks
+from low_precision.formats import FLOAT32, NAMED, format_named
 from low_precision.noise import Key
-from low_precision.wrap import quantize
+from low_precision.rounding import FewBits, Overflow, Rounding, is_random
+from low_precision.tensor import quantize
 
 FIXED = ["fixed8.4", "fixed8.4s", "fixed16.12", "fixed2.0", "fixed3.5", "fixed25.126"]
 FORMATS = [*(n for n in NAMED if n != "float32"), "e2m0", "e3m0", "e8m0", "e8m3", "e2m23", "e8m22", "e8m23", *FIXED]
 BLOCKS = ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4"]
 BLOCKS += ["bfp2", "bfp8", "bfp8_row", "bfp8_column", "bfp16", "bfp24_row"]
 ROUNDINGS = [*Rounding, FewBits(1), FewBits(4), FewBits(8, True), FewBits(23), FewBits(23, True)]
+ROOT = Path(__file__).parent.parent.parent
+# Each rounding mode is a kernel that must be compiled once: four of them for the quick tests, one of each kind.
+QUICK = (Rounding.NEAREST, Rounding.UP, Rounding.STOCHASTIC, FewBits(8, True))
+SOME = [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in ROUNDINGS]
 N = 5011  # groups of 256 and a rest
 
 
@@ -61,8 +69,8 @@ def test_fused_is_eager(name, rounding):
             continue
         for kind, x in numbers().items():
             slow, quick = both(x, fmt, rounding, overflow)
-            at = (bits(slow) != bits(quick)).nonzero().flatten()[:3]
-            assert len(at) == 0, (kind, overflow, x[at], slow[at], quick[at])
+            wrong = (bits(slow) != bits(quick)).nonzero().flatten()[:3]
+            assert len(wrong) == 0, (kind, overflow, x[wrong], slow[wrong], quick[wrong])
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if format_named(n).mantissa_bits <= 3])
@@ -73,7 +81,7 @@ def test_fused_is_eager_at_every_value_and_tie(name, rounding):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("rounding", SOME, ids=str)
 def test_fused_is_eager_in_blocks(name, rounding):
     fmt = format_named(name)
     for kind, x in numbers(64 * 77).items():
@@ -129,23 +137,23 @@ def test_strided_numbers(rounding):
 def test_many_threads(rounding):
     """Pieces that are taken in turn; and half precision, converted piece by piece."""
     x = torch.randn(700_001, generator=torch.Generator().manual_seed(3)) * 1e-3
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            found.append([quantize(x, "float8", rounding, 3, backend=backend) for backend in ("fused", "eager")])
-            found[-1].append(quantize(x.bfloat16(), "float8", rounding, 3, backend="fused").float())
-            found[-1].append(quantize(x.bfloat16().float(), "float8", rounding, 3, backend="eager"))
+            results.append([quantize(x, "float8", rounding, 3, backend=backend) for backend in ("fused", "eager")])
+            results[-1].append(quantize(x.bfloat16(), "float8", rounding, 3, backend="fused").float())
+            results[-1].append(quantize(x.bfloat16().float(), "float8", rounding, 3, backend="eager"))
     finally:
         torch.set_num_threads(threads)
-    for quick, slow, half, half_slow in found:
+    for quick, slow, half, half_slow in results:
         assert same(quick, slow)
         assert same(half, half_slow)
-        assert same(quick, found[0][0])
+        assert same(quick, results[0][0])
 
 
 @pytest.mark.parametrize("name", ["float8", "e2m0", "e8m3", "e2m23", "float32", "fixed8.4", "fixed3.5"])
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("rounding", SOME, ids=str)
 @pytest.mark.parametrize("overflow", list(Overflow), ids=str)
 def test_fused_is_eager_in_float64(name, rounding, overflow):
     fmt = format_named(name)
@@ -190,9 +198,9 @@ def test_float64_is_rounded_once(name, rounding):
         x = x[~np.isin(np.abs(x), middles)]  # the oracle leaves ties of these formats to gfloat
     exact = [float(oracles.round_exactly(float(v), **parity)[0]) for v in x]
     expected = [max(fmt.lowest, min(fmt.largest, value)) for value in exact]
-    found = quantize(torch.from_numpy(x), fmt, rounding)
-    assert found.dtype == torch.float64
-    assert found.tolist() == expected
+    ours = quantize(torch.from_numpy(x), fmt, rounding)
+    assert ours.dtype == torch.float64
+    assert ours.tolist() == expected
 
 
 def test_float64_carries_float32s_noise():
@@ -237,36 +245,19 @@ def test_autograd_notices_what_is_rounded_in_place(backend):
         loss.backward()
 
 
-def inverse_of_word(parts, word):
-    """The index at which a key's word is this one: the hash is a bijection for each key."""
-    mask = 2**32 - 1
-
-    def unshift(x, by):
-        y = x
-        for _ in range(32 // by + 1):
-            y = x ^ y >> by
-        return y
-
-    x = unshift(word, 14)
-    x = unshift(x * pow(0x31848BAB, -1, 2**32) & mask, 15) ^ parts[2]
-    x = unshift(x * pow(0xAC4C1B51, -1, 2**32) & mask, 11) ^ parts[1]
-    return unshift(x * pow(0xED5AD4BB, -1, 2**32) & mask, 17) ^ parts[0]
-
-
 @pytest.mark.parametrize("zeros", [8, 31, 32, 33, 34, 36, 40, 64, 70])
 def test_values_so_small_that_two_words_do_not_decide(zeros):
     """The second word all zero, which chance does not give: at the index where it is, for several keys."""
     fmt, ups = NAMED["float8"], 0
     for value in range(60):
         key = Key(value)
-        index = inverse_of_word(key.parts(0, 1), 0)
+        index = oracles.index_of_word(0, key.parts(0, 1))
         x = torch.full((1,), math.ldexp(2**24 - 1, -16 - 24 - zeros))
         slow = eager._round_block(
             x.view(torch.int32), eager._SINGLE, fmt, Rounding.STOCHASTIC, Overflow.SATURATE, key, index
         )
-        mode, address, _ = fused._parameters(fmt, Rounding.STOCHASTIC)
-        quick = torch.empty(1)
-        fused._run(compiled.flat(mode, False), 1, 1, x.data_ptr(), quick.data_ptr(), value, address, 1, index, 1)
+        known, quick = fused._known(fmt, Rounding.STOCHASTIC), torch.empty(1)
+        fused._flat(known, False, x, quick, key, index)
         assert same(slow, quick)
         ups += int(slow > 0)
     further = zeros - 32
@@ -284,7 +275,7 @@ def test_threads_survive_a_fork():
     code = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
-from low_precision.wrap import quantize
+from low_precision.tensor import quantize
 torch.set_num_threads(2)
 x = torch.randn(600_000, generator=torch.Generator().manual_seed(0))
 expected = quantize(x, "float8", "stochastic", 1, backend="fused")
@@ -295,10 +286,8 @@ if child == 0:
 assert same
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-    root = str(Path(__file__).parent.parent.parent)
-    subprocess.run(
-        [sys.executable, "-c", code, root], check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "2"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=120, env=environment)
 
 
 def test_threads_of_python_may_round_at_once():
@@ -307,8 +296,8 @@ def test_threads_of_python_may_round_at_once():
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(6))
     expected = [quantize(x, "float8", "stochastic", key, backend="eager") for key in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda key: quantize(x, "float8", "stochastic", key, backend="fused"), range(8)))
-    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+        results = list(pool.map(lambda key: quantize(x, "float8", "stochastic", key, backend="fused"), range(8)))
+    assert all(same(a, b) for a, b in zip(expected, results, strict=True))
 
 
 @pytest.mark.parametrize("rounding", [Rounding.STOCHASTIC, FewBits(4)], ids=str)
@@ -347,3 +336,50 @@ def test_float32_leaves_every_bit_alone():
     x = numbers()["any"]
     for backend in ("eager", "fused"):
         assert same(quantize(x, FLOAT32, "nearest", backend=backend), x)
+
+
+def test_a_task_is_what_a_kernel_reads():
+    """Each field by its name, in whatever order they were named, and no name that is no field."""
+    names = tasks.field_names(tasks.ImagesTask)
+    task = tasks.ImagesTask(**{name: 10 + place for place, name in enumerate(reversed(names))})
+    fields = numba.njit(lambda address: loops._images_task(address))(ctypes.addressof(task))
+    assert fields._fields == names
+    assert fields == tuple(getattr(task, name) for name in names)
+    assert (fields.source, fields.offsets) == (task.source, task.offsets) == (9 + len(names), 10)
+    with pytest.raises(AttributeError):
+        tasks.Task(sources=1)
+
+
+@pytest.mark.slow
+def test_machine_code_is_made_again_when_a_file_that_it_comes_from_changes(tmp_path):
+    """numba itself looks only at the file of the kernel, loops64.py here; what is changed stands in group.py."""
+    shutil.copytree(ROOT / "low_precision", tmp_path / "low_precision", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import torch
+from low_precision.engines import fused, loops64
+print(float(fused._maxima(torch.ones(1, 4), 9.0)), loops64.maxima().cache_hits)
+"""
+
+    def largest() -> list[str]:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.split()
+
+    assert largest() == ["1.0", "0"]
+    assert largest() == ["1.0", "1"]  # from the cache
+    group = tmp_path / "low_precision/engines/group.py"
+    before = group.read_text()
+    group.write_text(before.replace("largest = max(largest, ", "largest = min(largest, "))
+    assert group.read_text() != before
+    assert largest() == ["0.0", "0"]
+
+
+def test_kernels_are_made_of_files_whose_change_is_noticed():
+    """operations.kernel looks at the files in engines/ and at noise.py: those may be imported where kernels are."""
+    for name in ("operations", "group", "loops", "loops64", "tasks"):
+        source = (ROOT / "low_precision/engines" / f"{name}.py").read_text()
+        modules = re.findall(r"^(?:from|import) (low_precision\S*)(?: import (\w+))?", source, re.MULTILINE)
+        for module, member in modules:
+            assert module.startswith("low_precision.engines.") or f"{module}.{member}".startswith("low_precision.noise")

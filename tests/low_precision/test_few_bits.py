@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from low_precision.formats import FewBits, Rounding, is_random, rounding_named
 from low_precision.noise import Key, words
-from low_precision.wrap import quantize
+from low_precision.rounding import FewBits, Rounding, is_random, rounding_named
+from low_precision.tensor import quantize
 
 VARIANTS = {False: gfloat.RoundMode.StochasticFastest, True: gfloat.RoundMode.StochasticFast}
 
@@ -27,8 +27,8 @@ def test_each_element_is_gfloats(bits, half):
         gfloat.round_float(info, float(v), VARIANTS[half], True, int(r), bits)
         for v, r in zip(x, random_bits, strict=True)
     ]
-    found = quantize(torch.from_numpy(x), fmt, FewBits(bits, half), key)
-    assert found.tolist() == theirs
+    ours = quantize(torch.from_numpy(x), fmt, FewBits(bits, half), key)
+    assert ours.tolist() == theirs
 
 
 @pytest.mark.parametrize("bits", [1, 3, 6])

@@ -4,11 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training_helpers import equal_bits
 
 import models
-from low_precision import model as sites
-from low_precision.formats import ALL_SITES, NAMED, Rounding, Rule
-from low_precision.wrap import LowPrecision, Quantizer, Scheme
+from low_precision.formats import NAMED
+from low_precision.layers import LayerRounding
+from low_precision.model import LowPrecision
+from low_precision.rounding import Rounding
+from low_precision.rules import ALL_SITES, Rule
+from low_precision.scheme import Quantizer, Scheme
 
 NOISY = dict.fromkeys(ALL_SITES, Rule(NAMED["float8"], Rounding.STOCHASTIC))
 ERRORS = {"errors": NOISY["errors"]}
@@ -70,12 +74,8 @@ def trained(name: str, backend: str, layout: torch.memory_format) -> list[torch.
     return found
 
 
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(a, b, strict=True))
-
-
 def out_of_place(monkeypatch) -> None:
-    monkeypatch.setattr(sites, "_has_its_own_error", lambda layer: False)
+    monkeypatch.setattr(LayerRounding, "_has_private_error", lambda rounding, layer: False)
 
 
 @ENGINES
@@ -84,10 +84,10 @@ def test_the_same_bits_as_out_of_place(name, backend, monkeypatch):
     layouts = [torch.contiguous_format] + [torch.channels_last] * (len(MODELS[name][1]) == 3)
     found = [trained(name, backend, layout) for layout in layouts]
     out_of_place(monkeypatch)
-    assert all(same(trained(name, backend, layout), those) for layout, those in zip(layouts, found, strict=True))
+    assert all(equal_bits(trained(name, backend, layout), those) for layout, those in zip(layouts, found, strict=True))
 
 
-def in_place(model: nn.Module, x: torch.Tensor, monkeypatch) -> list[bool]:
+def watched_roundings(model: nn.Module, x: torch.Tensor, monkeypatch) -> list[bool]:
     """Of each rounding of a step, whether it was done in place."""
     found = []
     call = Quantizer.__call__
@@ -103,11 +103,11 @@ def in_place(model: nn.Module, x: torch.Tensor, monkeypatch) -> list[bool]:
 
 def test_it_is_done_in_place(monkeypatch):
     model, _ = made("resnet20", rules=ERRORS)
-    found = in_place(model, batch("resnet20"), monkeypatch)
+    found = watched_roundings(model, batch("resnet20"), monkeypatch)
     assert (len(found), sum(found)) == (22 + 21, 21)  # of outputs, and of inputs but the images
 
 
-class Own(nn.Linear):
+class OtherLinear(nn.Linear):
     pass
 
 
@@ -128,12 +128,12 @@ SEEN = {
 
 @pytest.mark.parametrize("seen", SEEN)
 def test_not_where_somebody_may_see_it(seen, monkeypatch):
-    layer = Own(3, 3) if seen == "a class of its own" else nn.Linear(3, 3)
+    layer = OtherLinear(3, 3) if seen == "a class of its own" else nn.Linear(3, 3)
     model = nn.Sequential(layer)
     LowPrecision(model, Scheme(ERRORS, seed=5))
     handle = SEEN[seen](layer)
     try:
-        found = in_place(model, torch.ones(2, 3, requires_grad=True), monkeypatch)
+        found = watched_roundings(model, torch.ones(2, 3, requires_grad=True), monkeypatch)
     finally:
         if handle:
             handle.remove()
@@ -159,8 +159,8 @@ def test_a_loss_on_what_a_layer_reads(backend):
 @ENGINES
 def test_gradients_of_gradients(backend, monkeypatch):
     found = []
-    for own in (True, False):
-        if not own:
+    for in_place in (True, False):
+        if not in_place:
             out_of_place(monkeypatch)
         model, _ = made("twice", backend)
         x = batch("twice").requires_grad_()
@@ -168,4 +168,4 @@ def test_gradients_of_gradients(backend, monkeypatch):
         gradient.square().sum().backward()
         found.append([x.grad, *(p.grad for p in model.parameters())])
         assert found[-1][0].abs().sum() > 0
-    assert same(*found)
+    assert equal_bits(*found)

@@ -11,8 +11,9 @@ import oracles
 import pytest
 import torch
 
-from low_precision.formats import NAMED, Overflow, Rounding, format_named
-from low_precision.wrap import quantize
+from low_precision.formats import NAMED, format_named
+from low_precision.rounding import Overflow, Rounding
+from low_precision.tensor import quantize
 
 SMALL = [name for name, fmt in NAMED.items() if fmt.exponent_bits + fmt.mantissa_bits <= 8]
 ANY = ["e2m0", "e3m0", "e8m0", "e2m1", "e2m23", "e4m1", "e7m3", "e8m3", "e8m23", "e8m22", "e5m23", "e3m16"]
@@ -29,8 +30,8 @@ def float32_bits(seed: int, n: int = 200_000) -> np.ndarray:
 
 
 def disagreement(x, ours, theirs) -> str:
-    at = np.flatnonzero(~oracles.same_bits(ours, theirs))
-    return f"{len(at)} of {len(x)}: " + ", ".join(f"{x[i]!r} -> {ours[i]!r}, not {theirs[i]!r}" for i in at[:5])
+    wrong = np.flatnonzero(~oracles.same_bits(ours, theirs))
+    return f"{len(wrong)} of {len(x)}: " + ", ".join(f"{x[i]!r} -> {ours[i]!r}, not {theirs[i]!r}" for i in wrong[:5])
 
 
 @pytest.mark.parametrize("name", SMALL)

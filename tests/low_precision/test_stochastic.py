@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from low_precision.engines import eager
-from low_precision.formats import NAMED, Rounding, format_named
+from low_precision.formats import NAMED, format_named
 from low_precision.noise import Key, words
-from low_precision.wrap import quantize
+from low_precision.rounding import Rounding
+from low_precision.tensor import quantize
 
 N = 400_000
 
@@ -57,8 +58,8 @@ def test_far_values_follow_the_words():
     """Such a value is rounded up where enough further bits are zero: sought here, as it is rare."""
     fmt, key, n = NAMED["float8"], Key(78), 2**21
     first, further = words(key, 0, n), words(key, 0, n, draw=1)
-    found = (first >= 0) & (further >= 0) & (further < 2**14)  # the word below the significand; 18 zero bits or more
-    index = int(found.nonzero()[0])
+    sought = (first >= 0) & (further >= 0) & (further < 2**14)  # the word below the significand; 18 zero bits or more
+    index = int(sought.nonzero()[0])
     there = 32 - int(further[index]).bit_length()
 
     def up(zeros: int) -> bool:  # how many zero bits the value asks for
@@ -88,21 +89,6 @@ def test_more_zeros_than_a_word_holds(monkeypatch):
     assert rounded.tolist() == [1, 1]
 
 
-def index_of(word: int, parts: tuple[int, int, int]) -> int:
-    """The element whose word that is: noise.word, a bijection for each key, backwards."""
-
-    def unshifted(x: int, shift: int) -> int:
-        y = x
-        for _ in range(32 // shift):
-            y = x ^ (y >> shift)
-        return y
-
-    x = unshifted(word, 14)
-    for factor, part, shift in ((0x31848BAB, parts[2], 15), (0xAC4C1B51, parts[1], 11), (0xED5AD4BB, parts[0], 17)):
-        x = unshifted(x * pow(factor, -1, 2**32) % 2**32, shift) ^ part
-    return x
-
-
 @pytest.mark.parametrize("beside", [1e-9, 1e-3, 1.0, 1e9])
 @pytest.mark.parametrize("name", ["float8", "float16", "float8_e4m3fnuz", "e7m2"])
 def test_where_the_further_word_is_zero_the_engines_agree(name, beside):
@@ -110,19 +96,19 @@ def test_where_the_further_word_is_zero_the_engines_agree(name, beside):
     fmt, ups, asked = format_named(name), 0, 0
     for value in range(40):
         key = Key.of("third word", name, value)
-        index = index_of(0, key.parts(draw=1))
+        index = oracles.index_of_word(0, key.parts(draw=1))
         first = min(max(index - 300, 0), 2**32 - 700)
-        at = index - first
-        assert int(words(key, first, 700, draw=1)[at]) == 0
+        place = index - first
+        assert int(words(key, first, 700, draw=1)[place]) == 0
         x = torch.randn(700, generator=torch.Generator().manual_seed(value)) * beside
         for zeros in (7, 31, 32, 33, 34, 36, 40, 70):
-            x[at] = math.ldexp(fmt.smallest_subnormal * (2**24 - 1), -24 - zeros)
+            x[place] = math.ldexp(fmt.smallest_subnormal * (2**24 - 1), -24 - zeros)
             eager, fused = (
                 quantize(x, fmt, "stochastic", Key(key.value, first), backend=backend) for backend in ("eager", "fused")
             )
             assert torch.equal(eager.view(torch.int32), fused.view(torch.int32))
             if zeros == 33:
-                asked, ups = asked + 1, ups + bool(fused[at])
+                asked, ups = asked + 1, ups + bool(fused[place])
     assert abs(ups - asked / 2) < 5 * math.sqrt(asked / 4)
 
 

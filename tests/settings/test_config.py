@@ -6,7 +6,7 @@ import json
 import pytest
 
 from data import DATASETS
-from low_precision.formats import Overflow, Rounding
+from low_precision.rounding import Overflow, Rounding
 from settings.config import ALL_SITES, Config, ConfigError, flag
 from settings.recipes import RECIPES, with_recipe
 

@@ -6,13 +6,18 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from run_helpers import write_cifar10
 from torch import nn
 
 import data
 import models
 from lab import checkpoint
-from low_precision.formats import NAMED, Rounding, Rule, rule_of
-from low_precision.wrap import LowPrecision, Scheme, quantize_model
+from low_precision.formats import NAMED
+from low_precision.model import LowPrecision
+from low_precision.rounding import Rounding
+from low_precision.rules import Rule, rule_of
+from low_precision.scheme import Scheme
+from low_precision.wrap import quantize_model
 from settings import recipes
 from settings.config import Config
 from settings.recipes import RECIPES, with_recipe
@@ -158,8 +163,6 @@ def test_the_average_is_that_of_the_weights_after_the_last_epochs(cli, share, av
 
 
 def test_the_averages_batch_norm_has_statistics_of_the_training_rows(cli, tmp_path):
-    from conftest import write_cifar10
-
     (tmp_path / "cifar").mkdir()
     write_cifar10(tmp_path / "cifar", count=8)
     flags = ["--dataset", "cifar10", "--data-dir", tmp_path / "cifar", "--epochs", 2, "--batch-size", 16]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR10_FILES, write_cifar10
+from run_helpers import CIFAR10_FILES, write_cifar10
 from sklearn.model_selection import train_test_split
 
 import data

@@ -8,15 +8,16 @@ import shutil
 from dataclasses import fields
 
 import pytest
-from conftest import Ran
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint import stopped_run  # noqa: F401 - a fixture
+from run_helpers import Ran
 
 import main
 from lab import checkpoint
 from low_precision import formats
+from low_precision.rules import SITES
 from settings.config import INDECISIVE, Config, ConfigError
+from settings.flags import parser
 
 
 def fuzzed(examples):
@@ -30,7 +31,7 @@ def fuzzed(examples):
 
 
 TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("\udcff\x00\n\t =-.,:*/\\%"), max_size=12)
-KNOWN = sorted({flag for action in main.parser()._actions for flag in action.option_strings})
+KNOWN = sorted({flag for action in parser()._actions for flag in action.option_strings})
 ODD = [
     "all",
     "none",
@@ -47,7 +48,7 @@ ODD = [
     "boston",
     "cnn",
 ]
-WORDS = st.sampled_from([*KNOWN, *formats.SITES, *formats.NAMED, *ODD])
+WORDS = st.sampled_from([*KNOWN, *SITES, *formats.NAMED, *ODD])
 WORD = st.one_of(WORDS, TEXT, st.builds("{}={}".format, WORDS, st.one_of(WORDS, TEXT)), st.integers().map(str))
 
 
@@ -131,7 +132,7 @@ def everything(place, but):
 
 
 @pytest.fixture
-def fresh(tmp_path, stopped_run, monkeypatch):  # noqa: F811
+def fresh(tmp_path, stopped_run, monkeypatch):
     """fresh(): the record of a stopped run, in runs/ beside a file of ours; and what lies around it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").write_text("mine")

@@ -1,23 +1,21 @@
 """The command line as a user meets it: wrong arguments, failures, interruptions, what is printed and what is left."""
 
-import contextlib
 import json
 import os
-import pty
 import shlex
 import signal
 import subprocess
 import sys
-import termios
-import threading
 
 import pytest
 import torch
-from conftest import CIFAR10_FILES, ROOT, write_cifar10
+from run_helpers import CIFAR10_FILES, ROOT, epochs_in, is_refused, names, only, write_cifar10
 
 import main
-from lab import record as track
+from lab.console import command
+from lab.record import Record
 from low_precision.formats import NAMED
+from settings.flags import parser
 
 # flag, a value that is not allowed, what the line must name beside them
 WRONG = [
@@ -89,14 +87,6 @@ WRONG = [
 ]
 
 
-def is_refused(ran, *words):
-    """Exit status 2, one line on stderr with these words, nothing else printed."""
-    assert ran.status == 2
-    assert ran.out == ""
-    assert len(ran.err.splitlines()) == 1
-    assert [word for word in ("main.py: error: ", "given", "allowed", *words) if word not in ran.err] == []
-
-
 @pytest.mark.parametrize(("flag", "value", "allowed"), WRONG)
 def test_a_wrong_value_is_named_with_its_flag_and_what_is_allowed(cli, tmp_path, flag, value, allowed):
     seen = value if value.isprintable() and value else repr(value)
@@ -107,7 +97,7 @@ def test_a_wrong_value_is_named_with_its_flag_and_what_is_allowed(cli, tmp_path,
 
 
 def test_every_flag_has_a_wrong_value_above():
-    flags = {option for action in main.parser()._actions for option in action.option_strings}
+    flags = {option for action in parser()._actions for option in action.option_strings}
     assert flags - {flag for flag, _, _ in WRONG} == {"-h", "--help", "--list-formats", "--list-recipes", "--debug"}
 
 
@@ -147,11 +137,7 @@ def test_arguments_that_are_unknown_or_do_not_go_together(cli, tmp_path, argumen
 
 
 def test_what_only_the_model_or_the_machine_knows_is_a_wrong_argument_too(cli, tmp_path, monkeypatch):
-    ran = cli("--layers", "linear,fc*")
-    assert (ran.status, ran.out, len(ran.err.splitlines())) == (2, "", 1)
-    assert "--layers" in ran.err
-    assert "fc*" in ran.err
-    assert "none of: linear" in ran.err
+    is_refused(cli("--layers", "linear,fc*"), "--layers: given 'fc*'", "a pattern that matches one of: linear")
     missing = tmp_path / "missing"
     ran = cli("--dataset", "cifar10", "--layers", "nope", "--data-dir", missing)  # said before any download
     assert (ran.status, len(ran.err.splitlines())) == (2, 1)
@@ -212,12 +198,7 @@ def test_the_first_command_of_a_new_user(cli, tmp_path):
         assert float(line.split()[1]) == pytest.approx(ran.summary[name], rel=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert ran.folder.parent.name == "runs"
-    assert sorted(path.name for path in ran.folder.iterdir()) == [
-        "checkpoint.pt",
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-    ]
+    assert names(ran.folder) == ["checkpoint.pt", "config.json", "metrics.jsonl", "summary.json"]
 
 
 def test_the_last_of_two_values_of_a_flag_counts(cli):
@@ -226,14 +207,35 @@ def test_the_last_of_two_values_of_a_flag_counts(cli):
 
 def test_the_record_says_which_command_made_it(cli):
     ran = cli("--epochs", 1, "--output-dir", "a b")
-    assert shlex.split(ran.summary["command"]) == ["python", "main.py", "--epochs", "1", "--output-dir", "a b"]
+    assert ran.summary["command"] == command("main.py", "--epochs", "1", "--output-dir", "a b")
+    assert shlex.split(ran.summary["command"])[1:] == [str(ROOT / "main.py"), "--epochs", "1", "--output-dir", "a b"]
 
 
 def test_recipe_and_sites_reach_the_run(cli):
-    ran = cli("--recipe", "published", "--precision", "float8", "--scale-on", "train", "--site", "momentum=fp16:up")
+    site = "momentum=half:stochastic:4:half"
+    ran = cli("--recipe", "published", "--precision", "float8", "--scale-on", "train", "--site", site)
     assert ran.config["quantize"] == ["activations", "errors"]
     assert ran.config["scale_on"] == "train"
-    assert ran.config["site"] == ["momentum=fp16:up"]
+    assert ran.config["site"] == [site]
+    assert ran.summary["rules"] == {
+        "activations": "float8:nearest",
+        "errors": "float8:nearest",
+        "momentum": "fp16:stochastic:4:half",
+    }
+
+
+def test_folders_in_the_home_folder(cli, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    ran = cli("--output-dir", "~/runs", "--epochs", 1)
+    assert ran.folder == only(home / "runs")
+    again = cli("--resume", f"~/runs/{ran.folder.name}")
+    assert (again.status, again.folder) == (0, ran.folder)
+    write_cifar10(home, count=2)
+    ran = cli("--dataset", "cifar10", "--data-dir", "~", "--model", "linear", "--epochs", 1)
+    assert ran.status == 0
+    assert names(tmp_path) == ["home", "runs"]
 
 
 # Interruptions
@@ -241,32 +243,30 @@ def test_recipe_and_sites_reach_the_run(cli):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_is_kept(cli, tmp_path, monkeypatch, number, status):
-    write = track.Record.epoch
+    write = Record.epoch
 
     def interrupt_in_the_third(record, metrics):
         write(record, metrics)
         if metrics["epoch"] == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(track.Record, "epoch", interrupt_in_the_third)
+    monkeypatch.setattr(Record, "epoch", interrupt_in_the_third)
     ran = cli("--epochs", 1000)
     assert (ran.status, ran.out) == (status, "")
     assert "Traceback" not in ran.err
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only(tmp_path / "runs")
     assert f"interrupted: recorded so far in runs/{folder.name}" in ran.err
     summary = json.loads((folder / "summary.json").read_text())
-    lines = (folder / "metrics.jsonl").read_text()
     assert summary["status"] == "interrupted"
     assert summary["epochs"] >= 2  # the signal may arrive before the epoch is in the summary
-    assert lines.endswith("\n")
-    assert [json.loads(line)["epoch"] for line in lines.splitlines()] == [1, 2, 3]
+    assert epochs_in(folder) == [1, 2, 3]
 
 
 def test_an_interrupted_run_replaces_nothing_and_a_complete_one_replaces_it(cli, tmp_path, monkeypatch):
     complete = cli("--epochs", 4)
     before = {path.name: path.read_bytes() for path in complete.folder.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(track.Record, "epoch", lambda record, metrics: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Record, "epoch", lambda record, metrics: os.kill(os.getpid(), signal.SIGTERM))
         assert cli("--epochs", 4).status == 143
     assert {path.name: path.read_bytes() for path in complete.folder.iterdir()} == before
     again = cli("--epochs", 4)
@@ -304,11 +304,9 @@ def test_ctrl_c_ends_a_process(script, tmp_path):
     assert process.returncode == 130
     assert (out, "Traceback" in err) == ("", False)
     assert "interrupted: recorded so far in runs/" in err
-    (folder,) = (tmp_path / "runs").iterdir()
-    lines = (folder / "metrics.jsonl").read_text()
-    epochs = [json.loads(line)["epoch"] for line in lines.splitlines()]
+    folder = only(tmp_path / "runs")
+    epochs = epochs_in(folder)
     assert epochs == list(range(1, len(epochs) + 1))
-    assert lines.endswith("\n")
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
@@ -344,47 +342,6 @@ def test_a_nan_is_not_rounded_away(cli, monkeypatch):
     assert 1 <= ran.summary["diverged_step"] <= 8
 
 
-# Progress
-
-
-def on_terminal(columns, *arguments):
-    """What main.py shows on a terminal with so many columns."""
-    parent, child = pty.openpty()
-    termios.tcsetwinsize(child, (24, columns))
-    chunks = []
-
-    def read():
-        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
-            while chunk := os.read(parent, 4096):
-                chunks.append(chunk)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with open(child, "w") as terminal, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stderr", terminal)
-        assert main.main(list(arguments)) == 0
-    reader.join()
-    os.close(parent)
-    return b"".join(chunks).decode()
-
-
-@pytest.mark.usefixtures("cli")
-def test_a_bar_on_a_terminal():
-    shown = on_terminal(120, "--epochs", "20")
-    assert "toy-float32-42: " in shown
-    assert "/20" in shown  # steps
-    assert "\r" in shown
-    assert "\n" not in shown
-    assert "epoch" not in shown
-
-
-def test_lines_elsewhere(cli):
-    lines = cli("--epochs", 20).err.splitlines()
-    assert [line.split()[1] for line in lines] == [f"{epoch}/20" for epoch in range(2, 21, 2)]
-    assert all("training_mse" in line and "testing_mse" in line for line in lines)
-    assert on_terminal(0, "--epochs", "20").splitlines() == lines  # no columns: no room for a bar
-
-
 # The whole way with CIFAR-10
 
 
@@ -401,6 +358,6 @@ def test_a_tiny_cifar10_from_the_command_line(cli, tmp_path):
     assert 0 <= ran.summary["testing_accuracy"] <= 1
     state = torch.load(ran.folder / "checkpoint.pt", weights_only=True)["model"]
     assert state["conv.weight"].shape == (16, 3, 3, 3)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(CIFAR10_FILES)  # nothing written beside the data
+    assert names(folder) == sorted(CIFAR10_FILES)  # nothing written beside the data
     again = cli(*arguments, "--model", "linear", "--epochs", 12, "--learning-rate", 0.001)
     assert again.summary["training_loss"] < again.metrics[0]["training_loss"]

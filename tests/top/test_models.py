@@ -8,7 +8,7 @@ from torch import nn
 
 import models
 from data import DATASETS
-from settings.config import MODELS
+from settings.config import MODEL_NAMES
 
 
 def parameters(model):
@@ -17,7 +17,7 @@ def parameters(model):
 
 FITTING = [
     (name, dataset)
-    for name in MODELS
+    for name in MODEL_NAMES
     for dataset in DATASETS
     if len(DATASETS[dataset].shape) == 3 or name in ("linear", "mlp")
 ]
@@ -34,7 +34,7 @@ def test_every_model_reads_every_set_that_it_is_for(name, dataset):
 
 
 def test_the_config_names_the_models_that_there_are():
-    assert set(MODELS) == set(models.BUILDERS)
+    assert set(MODEL_NAMES) == set(models.MODELS)
 
 
 def test_sizes():
@@ -92,7 +92,7 @@ def test_resnet20_starts_from_he_weights():
     assert abs(float(weight.mean())) < 5 * expected / math.sqrt(n)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_initial_weights_depend_on_the_seed_alone(name):
     shape = (1, 8, 8)
     first = models.build(name, shape, 10, 1).state_dict()

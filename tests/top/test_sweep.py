@@ -1,18 +1,18 @@
 """Sweeps: the runs that were asked for, each once, with the records of single runs; stopped and going on."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT
-from test_resume import bits
+from run_helpers import ROOT, bits
 
 import main
 import sweep
-from low_precision.formats import ALL_SITES
+from low_precision.rules import ALL_SITES
 from settings.config import Config, ConfigError
 
 
@@ -115,6 +115,26 @@ def test_a_file_that_is_no_grid_is_one_line(text, tmp_path):
         configs(tmp_path / "x.yaml")
 
 
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("parameters: {seed: {values: [1, 2]}}")
+    assert len(configs("~/x.yaml")) == 2
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    """However long a run takes: also before the first of them has ended."""
+    assert sweep.LINE_SECONDS <= 30
+    monkeypatch.setattr(sweep, "LINE_SECONDS", 0.01)
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(["--seed", "0:2", "--jobs", "1", "--epochs", "300"]) == 0
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert "0 of 2 runs" in lines
+    assert set(lines) <= {f"{done} of 2 runs" for done in range(3)}
+    assert lines == sorted(lines)
+    assert told.out.startswith("2 runs: 2 complete, 0 diverged, 0 failed")
+
+
 FLAGS = ["--dataset", "boston", "--epochs", 3, "--precision", "float8,float32", "--rounding", "nearest,stochastic"]
 
 
@@ -126,7 +146,7 @@ def test_records_are_those_of_single_runs_and_are_not_made_again(cli, tmp_path, 
     made = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in folders}
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
-        command = json.loads((folder / "summary.json").read_text())["command"].split()[2:]
+        command = shlex.split(json.loads((folder / "summary.json").read_text())["command"])[2:]
         ran = cli(*command, "--output-dir", "alone")
         assert json.loads((ran.folder / "config.json").read_text()) == config | {"output_dir": "alone"}
         assert bits(ran.folder) == bits(folder)

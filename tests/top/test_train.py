@@ -11,9 +11,13 @@ import data
 import models
 import train
 from data import DATASETS
-from lab import metrics as measure
-from low_precision.formats import NAMED, Rounding
-from low_precision.wrap import quantize
+from lab import optimizers
+from lab.batches import row_numbers
+from lab.metrics import wandb_keys
+from low_precision.formats import NAMED
+from low_precision.rounding import Rounding
+from low_precision.rules import ALL_SITES
+from low_precision.tensor import quantize
 from settings.config import Config
 
 # The published experiments: training MSE, and testing MSE divided by the number of test rows once more, as printed.
@@ -108,7 +112,7 @@ def plain_run(dataset, epochs, batch_size, optimizer, schedule=None, learning_ra
     config = Config(dataset=dataset, batch_size=batch_size, seed=seed)
     lines = []
     for epoch in range(1, epochs + 1):
-        for rows in train._batches(len(split.train_x), config, epoch, torch.device("cpu")):
+        for rows in row_numbers(len(split.train_x), config, epoch, torch.device("cpu")):
             loss = loss_of(network(split.train_x[rows]), split.train_y[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -161,7 +165,7 @@ def test_a_float32_run_is_a_plain_run(cli, arguments, optimizer, schedule):
 def schedule_of(name, steps, learning_rate=0.1):
     config = Config(schedule=name, learning_rate=learning_rate)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate)
-    schedule, rates = train._schedule(config, optimizer, steps), []
+    schedule, rates = optimizers.schedule(config, optimizer, steps), []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -213,7 +217,7 @@ def test_loss_scale_keeps_small_errors_alive(cli):
 
 
 def batches(epoch, n=10, **settings):
-    return [rows.tolist() for rows in train._batches(n, Config(**settings), epoch, torch.device("cpu"))]
+    return [rows.tolist() for rows in row_numbers(n, Config(**settings), epoch, torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 9])
@@ -399,6 +403,7 @@ def test_what_a_record_holds(cli, epochs):
     )
     if epochs:
         assert {name: summary[name] for name in testing} == {name: ran.metrics[-1][name] for name in testing}
+    assert summary["rules"] == dict.fromkeys(ALL_SITES, "float8:nearest")
     assert summary["seconds"] >= 0
     environment = summary["environment"]
     assert environment["versions"]["torch"] == torch.__version__
@@ -424,12 +429,12 @@ def test_from_python(tmp_path, capsys):
 
 def test_wandb_keys_are_those_of_the_contract():
     names = ["training_mse", "training_rmse", "testing_mse", "testing_rmse", "training_loss", "training_accuracy"]
-    keys = list(measure.wandb_keys(dict.fromkeys([*names, "testing_loss", "testing_accuracy", "loss_scale"], 0.0)))
+    keys = list(wandb_keys(dict.fromkeys([*names, "testing_loss", "testing_accuracy", "loss_scale"], 0.0)))
     assert keys == [
         *("Training.MSE", "Training.RMSE", "Testing.MSE", "Testing.RMSE", "Training.Loss", "Training.Accuracy"),
         *("Testing.Loss", "Testing.Accuracy", "loss_scale"),
     ]
-    assert measure.wandb_keys({"testing_mse": None}) == {"Testing.MSE": None}
+    assert wandb_keys({"testing_mse": None}) == {"Testing.MSE": None}
 
 
 @pytest.mark.parametrize("precision", [name for name in NAMED if name != "float32"])

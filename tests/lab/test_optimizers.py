@@ -7,11 +7,12 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from run_helpers import ROOT
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from training_helpers import equal, parameters
 
-from low_precision.optimizer import lean
+from lab.optimizers import lean
 
 KINDS = [
     (SGD, {"lr": 0.1}),
@@ -46,10 +47,6 @@ def step(model, optimizer):
     return float(loss.detach())
 
 
-def same(model, other):
-    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 10), lambda o: OneCycleLR(o, 0.1, 10)])
 def test_steps_closures_and_schedules_give_the_bits_of_torchs_own(kind, settings, schedule):
@@ -68,7 +65,7 @@ def test_steps_closures_and_schedules_give_the_bits_of_torchs_own(kind, settings
     (model, losses), (lean_model, lean_losses) = runs
     assert losses == lean_losses
     assert len(set(losses)) == 8  # it moves
-    assert same(model, lean_model)
+    assert equal(parameters(model), parameters(lean_model))
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
@@ -82,7 +79,7 @@ def test_states_go_from_one_to_the_other(kind, settings, back):
     continued.load_state_dict(deepcopy(optimizer.state_dict()))
     for _ in range(3):
         assert step(model, optimizer) == step(copy, continued)
-    assert same(model, copy)
+    assert equal(parameters(model), parameters(copy))
 
 
 @pytest.mark.parametrize("kind", [SGD, Adam])

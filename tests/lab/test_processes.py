@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from run_helpers import ROOT, only
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ALONE = ("--wandb", "disabled")
@@ -30,7 +30,7 @@ def torchrun(
 
 
 def records(folder) -> tuple[dict, list[dict]]:
-    (record,) = folder.iterdir()
+    record = only(folder)
     lines = (record / "metrics.jsonl").read_text().splitlines()
     return json.loads((record / "summary.json").read_text()), list(map(json.loads, lines))
 
@@ -72,7 +72,7 @@ def test_an_interrupted_run_of_two_processes_goes_on_with_one_or_two(cli, tmp_pa
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=60)
     assert "interrupted: recorded so far in" in said
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = only(tmp_path / "runs")
     summary, lines = records(tmp_path / "runs")
     assert summary["status"] == "interrupted"
     assert 1 <= len(lines) < 40

@@ -1,48 +1,33 @@
-"""track.py: what lies on disk at every moment."""
+"""Records: what lies on disk at every moment."""
 
 import errno
-import json
 import os
 import signal
 import struct
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from run_helpers import ROOT, names, strict_json
 
-from lab import record as track
+from lab.record import Record, write_whole
 
 NAME = "boston-float8-nearest-42-1a2b3c4d"
-ROOT = Path(track.__file__).parent.parent
-
-
-def strict(text):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def finished(output_dir, status="complete", **summary):
-    record = track.Record(output_dir, NAME, {"seed": 42})
+    record = Record(output_dir, NAME, {"seed": 42})
     record.epoch({"loss": 1.0})
     return record.finish({"status": status, **summary})
 
 
 def status_of(folder):
-    return strict((folder / "summary.json").read_text())["status"]
+    return strict_json((folder / "summary.json").read_text())["status"]
 
 
 def test_a_record_holds_what_was_given(tmp_path):
-    record = track.Record(
-        tmp_path / "a" / "runs", NAME, {"seed": 42, "sites": ("weights", "errors"), "bad": float("nan")}
-    )
+    record = Record(tmp_path / "a" / "runs", NAME, {"seed": 42, "sites": ("weights", "errors"), "bad": float("nan")})
     assert record.folder == tmp_path / "a" / "runs" / f"{NAME}.partial-{os.getpid()}"
     for epoch in range(3):
         record.epoch({"epoch": epoch, "loss": [0.1, float("nan"), float("-inf")][epoch], "accuracy": None})
@@ -54,33 +39,37 @@ def test_a_record_holds_what_was_given(tmp_path):
     assert folder == record.folder == tmp_path / "a" / "runs" / NAME
     assert names(folder.parent) == [NAME]
     assert names(folder) == ["checkpoint.pt", "config.json", "metrics.jsonl", "summary.json"]
-    assert strict((folder / "config.json").read_text()) == {"seed": 42, "sites": ["weights", "errors"], "bad": None}
-    assert [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
+    assert strict_json((folder / "config.json").read_text()) == {
+        "seed": 42,
+        "sites": ["weights", "errors"],
+        "bad": None,
+    }
+    assert [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
         {"epoch": 0, "loss": 0.1, "accuracy": None},
         {"epoch": 1, "loss": None, "accuracy": None},
         {"epoch": 2, "loss": None, "accuracy": None},
     ]
     summary = (folder / "summary.json").read_text()
-    assert strict(summary) == {"status": "diverged", "testing_mse": None, "nested": {"x": [None, 1.5]}}
+    assert strict_json(summary) == {"status": "diverged", "testing_mse": None, "nested": {"x": [None, 1.5]}}
     assert '\n  "testing_mse": null' in summary
     assert (folder / "checkpoint.pt").read_bytes() == b"fourth epoch"
 
 
 def test_every_float_comes_back_with_the_same_bits(tmp_path):
     values = [0.1, 1 / 3, 5e-324, -0.0, 1.7976931348623157e308, 114688.0]
-    record = track.Record(tmp_path, NAME, {})
+    record = Record(tmp_path, NAME, {})
     for value in values:
         record.epoch({"loss": value})
     folder = record.finish({"status": "complete"})
-    back = [strict(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    back = [strict_json(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [struct.pack("d", value) for value in back] == [struct.pack("d", value) for value in values]
 
 
 def test_after_kill_9_only_whole_lines_and_the_record_is_open_to_the_next(tmp_path):
     code = f"""
 import os, signal
-from lab import record as track
-record = track.Record({str(tmp_path)!r}, {NAME!r}, {{"seed": 42}})
+from lab.record import Record
+record = Record({str(tmp_path)!r}, {NAME!r}, {{"seed": 42}})
 for epoch in range(50):
     record.epoch({{"epoch": epoch, "loss": 0.5}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -90,8 +79,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert partial.name.startswith(f"{NAME}.partial-")
     lines = (partial / "metrics.jsonl").read_text()
     assert lines.endswith("\n")
-    assert [strict(line)["epoch"] for line in lines.splitlines()] == list(range(50))
-    assert strict((partial / "config.json").read_text()) == {"seed": 42}
+    assert [strict_json(line)["epoch"] for line in lines.splitlines()] == list(range(50))
+    assert strict_json((partial / "config.json").read_text()) == {"seed": 42}
 
     finished(tmp_path, "interrupted")
     assert partial.exists()  # what was interrupted cleans nothing: the killed run may have come further
@@ -102,9 +91,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_line_that_the_disk_takes_in_part_is_taken_back(tmp_path):
     code = f"""
 import resource, signal
-from lab import record as track
+from lab.record import Record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-record = track.Record({str(tmp_path)!r}, {NAME!r}, {{}})
+record = Record({str(tmp_path)!r}, {NAME!r}, {{}})
 record.epoch({{"loss": 1}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
 for attempt in range(2):
@@ -131,14 +120,14 @@ for write in (lambda: record.checkpoint(b"longer than that"), lambda: record.fin
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_write_whole_keeps_the_older_file_and_leaves_nothing_when_it_fails(tmp_path, monkeypatch, call):
     path = tmp_path / "checkpoint.pt"
-    track.write_whole(path, "older")
+    write_whole(path, "older")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(track.os, call, full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space left"):
-        track.write_whole(path, b"newer, and longer")
+        write_whole(path, b"newer, and longer")
     assert path.read_text() == "older"
     assert names(tmp_path) == ["checkpoint.pt"]
 
@@ -149,7 +138,7 @@ def test_complete_and_diverged_replace(tmp_path, older, status):
     finished(tmp_path, older, run=1)
     folder = finished(tmp_path, status, run=2)
     assert names(tmp_path) == [NAME]
-    assert strict((folder / "summary.json").read_text()) == {"status": status, "run": 2}
+    assert strict_json((folder / "summary.json").read_text()) == {"status": status, "run": 2}
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
@@ -159,7 +148,7 @@ def test_interrupted_and_failed_replace_nothing(tmp_path, older, status):
     folder = finished(tmp_path, status, run=2)
     assert folder == tmp_path / f"{NAME}.partial-{os.getpid()}"
     assert status_of(folder) == status
-    assert strict((tmp_path / NAME / "summary.json").read_text())["run"] == 1
+    assert strict_json((tmp_path / NAME / "summary.json").read_text())["run"] == 1
     again = finished(tmp_path, status)
     assert again == tmp_path / f"{NAME}.partial-{os.getpid()}-1"
     finished(tmp_path, "complete")
@@ -171,47 +160,47 @@ def test_failed_before_the_first_epoch_leaves_nothing(tmp_path, there_before):
     output_dir = tmp_path / "a" / "b"
     if there_before:
         output_dir.mkdir(parents=True)
-    folder = track.Record(output_dir, NAME, {}).finish({"status": "failed"})
+    folder = Record(output_dir, NAME, {}).finish({"status": "failed"})
     assert not folder.exists()
     assert names(tmp_path) == (["a"] if there_before else [])
     assert output_dir.exists() == there_before
 
 
 def test_no_epoch_at_all_is_a_record_all_the_same(tmp_path):
-    assert track.Record(tmp_path, NAME, {}).finish({"status": "complete"}) == tmp_path / NAME
+    assert Record(tmp_path, NAME, {}).finish({"status": "complete"}) == tmp_path / NAME
 
 
 def test_killed_between_the_two_renames_one_is_whole_and_the_next_puts_it_right(tmp_path):
     finished(tmp_path, "complete", run=1)
     code = f"""
 import os, signal, pathlib
-from lab import record as track
+from lab.record import Record
 rename, renames = pathlib.Path.rename, []
 def once(self, target):
     moved = rename(self, target)
     renames.append(str(target))
     os.kill(os.getpid(), signal.SIGKILL)
 pathlib.Path.rename = once
-record = track.Record({str(tmp_path)!r}, {NAME!r}, {{}})
+record = Record({str(tmp_path)!r}, {NAME!r}, {{}})
 record.epoch({{"loss": 1.0}})
 record.finish({{"status": "complete", "run": 2}})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
     old, partial = sorted(tmp_path.iterdir())
     assert old.name.startswith(f"{NAME}.old-")
-    assert strict((old / "summary.json").read_text())["run"] == 1
-    assert strict((partial / "summary.json").read_text())["run"] == 2
+    assert strict_json((old / "summary.json").read_text())["run"] == 1
+    assert strict_json((partial / "summary.json").read_text())["run"] == 2
 
     folder = finished(tmp_path, "interrupted", run=3)  # gives the older record its place back, and does not take it
     assert folder.name.startswith(f"{NAME}.partial-")
-    assert strict((tmp_path / NAME / "summary.json").read_text())["run"] == 1
+    assert strict_json((tmp_path / NAME / "summary.json").read_text())["run"] == 1
     finished(tmp_path, "complete", run=4)
     assert names(tmp_path) == [NAME]
-    assert strict((tmp_path / NAME / "summary.json").read_text())["run"] == 4
+    assert strict_json((tmp_path / NAME / "summary.json").read_text())["run"] == 4
 
 
 def test_runs_of_the_same_name_that_are_still_going_are_left_alone(tmp_path):
-    other = track.Record(tmp_path, NAME, {})
+    other = Record(tmp_path, NAME, {})
     stranger = tmp_path / f"{NAME}5.partial-1"
     stranger.mkdir()
     other.epoch({"loss": 1.0})
@@ -223,7 +212,7 @@ def test_runs_of_the_same_name_that_are_still_going_are_left_alone(tmp_path):
 
 
 def test_many_at_once_leave_one_whole_record(tmp_path):
-    records = [track.Record(tmp_path, NAME, {}) for _ in range(8)]
+    records = [Record(tmp_path, NAME, {}) for _ in range(8)]
     for record in records:
         record.epoch({"loss": 1.0})
     threads = [threading.Thread(target=record.finish, args=[{"status": "complete"}]) for record in records]
@@ -240,7 +229,7 @@ def test_an_output_dir_that_cannot_be_used_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "runs"):
         with pytest.raises(OSError, match="file"):
-            track.Record(output_dir, NAME, {})
+            Record(output_dir, NAME, {})
     with pytest.raises(TypeError):
-        track.Record(tmp_path / "runs", NAME, {"model": object()})
+        Record(tmp_path / "runs", NAME, {"model": object()})
     assert names(tmp_path) == ["file"]

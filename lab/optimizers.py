@@ -1,0 +1,50 @@
+"""The optimizers and learning-rate schedules of a run."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from settings.config import Config
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
+
+
+def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, of all the model's parameters."""
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return lean(torch.optim.SGD)(model.parameters(), momentum=config.momentum, **settings)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return lean(kind)(model.parameters(), **settings)
+
+
+def schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Schedule | None:
+    """Moves the learning rate after each of so many steps of the run; None where there is nothing to move."""
+    if config.schedule == "constant" or steps == 0:
+        return None
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    # The schedule's own cycling of the momentum would overrule --momentum.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, cycle_momentum=False)
+
+
+def lean(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A subclass of torch's optimizer `kind` that does the same to the bit and starts a second or two sooner.
+
+    Torch wraps these five methods for the sake of torch.compile, in wrappers that import torch._dynamo when an
+    optimizer is made: most of the time of a small run. Nothing is compiled here, so the subclass has the methods
+    themselves. What `step`'s wrapper does besides, it does too: gradients are recorded only if "differentiable".
+    """
+    step = inspect.unwrap(kind.step)
+
+    def lean_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return step(self, *args, **kwargs)
+
+    others = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in others} | {"step": lean_step}
+    return type(kind.__name__, (kind,), methods)

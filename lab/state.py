@@ -1,0 +1,157 @@
+"""All that moves while a run trains, and nothing else; what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.average import Average
+from lab.checkpoint import CheckpointError, first_line
+from lab.metrics import Losses, Metrics, TrainMetrics
+from lab.optimizers import Schedule
+from low_precision.noise import Key
+from settings.config import Config, ConfigError
+
+VERSION = 1  # of what `State.save` gives; another one is refused
+
+
+@dataclass
+class State:
+    """All that moves while a run trains. Data order and rounding noise need nothing: seed, epoch and step say them."""
+
+    config: Config
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # its state_dict holds the accumulator and the loss scale too
+    schedule: Schedule | None
+    metrics: TrainMetrics  # the epoch's so far
+    losses: Losses
+    average: Average | None = None  # of the weights
+    command: str | None = None
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the next one
+    step: int = 0
+    diverged_step: int | None = None
+    history: list[Metrics] = field(default_factory=list)  # the lines of metrics.jsonl
+    noise: torch.Generator = field(default_factory=torch.Generator)  # of this epoch's augmentation
+    seconds: float = 0.0  # before it was resumed
+    resumed: list[int] = field(default_factory=list)  # the steps at which it was
+    wandb_id: str | None = None
+
+    def begin_epoch(self) -> None:
+        """Starts the next epoch, unless a resumed run is in the middle of it."""
+        if self.batch == 0:
+            self.metrics.reset()
+            self.noise.manual_seed(Key.of(self.config.seed, "augmentation", self.epoch + 1).value)
+
+    def step_done(self) -> None:
+        self.step += 1
+        self.batch += 1
+
+    def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
+        """The epoch is done, with these metrics; diverged_step: the step that ended it early."""
+        self.history.append(metrics)
+        self.epoch, self.batch, self.diverged_step = self.epoch + 1, 0, diverged_step
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.config.epochs or self.diverged_step is not None
+
+    def save(self, seconds: float) -> dict[str, Any]:
+        """seconds: of this run so far, since it was last resumed."""
+        pending = self.losses.pending
+        return {
+            "version": VERSION,
+            "config": asdict(self.config),
+            "command": self.command,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "diverged_step": self.diverged_step,
+            "metrics": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "train": self.metrics.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "pending": torch.stack(pending) if pending else None,
+            "augmentation": self.noise.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "seconds": self.seconds + seconds,
+            "resumed": self.resumed,
+            "wandb_id": self.wandb_id,
+        }
+
+    def load(self, saved: dict[str, Any], steps: int, path: Path) -> None:
+        """Go on from what `save` gave. steps: of an epoch. path: of the checkpoint, for errors.
+
+        ConfigError for another version or configuration, CheckpointError for what is no state of this run.
+        """
+        if saved.get("version") != VERSION:
+            version = f" (its format version is {saved.get('version', 'none')}, allowed: {VERSION})"
+            raise ConfigError("--resume", str(path), "a checkpoint of this version", note=version)
+        try:
+            recorded = Config.make(**saved["config"])
+            differences = self.config.told_differences(recorded)
+        except Exception as error:
+            raise CheckpointError(f"{path}: no configuration of this program ({first_line(error)})") from error
+        if differences:
+            value = f"{path}: it is of another configuration ({'; '.join(differences)})"
+            raise ConfigError("--resume", value, "its own")
+        try:
+            self._load(saved, steps)
+        except Exception as error:  # what somebody edited can raise anything
+            raise CheckpointError(f"{path}: no state of this run ({first_line(error)})") from error
+
+    def _load(self, saved: dict[str, Any], steps: int) -> None:
+        self._load_position(saved, steps)
+        self.model.load_state_dict(saved["model"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, moments in saved["optimizer"]["state"].items():
+            for value in moments.values():
+                _check(not torch.is_tensor(value) or value.shape in ((), parameters[index].shape), "its optimizer")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.schedule:
+            self.schedule.load_state_dict(saved["schedule"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        device = parameters[0].device
+        self.metrics.load_state_dict(saved["train"], device)
+        self.losses.pending = [] if saved["pending"] is None else list(saved["pending"].to(device))
+        self.noise.set_state(saved["augmentation"])
+        torch.set_rng_state(saved["torch_rng"])
+        self.seconds, self.resumed = float(saved["seconds"]), [*map(_whole, saved["resumed"]), self.step]
+        _check(self.seconds >= 0 and math.isfinite(self.seconds), "its seconds")
+        for name in ("command", "wandb_id"):
+            _check(saved[name] is None or isinstance(saved[name], str), f"its {name}")
+        self.command, self.wandb_id = saved["command"], saved["wandb_id"]
+
+    def _load_position(self, saved: dict[str, Any], steps: int) -> None:
+        """Where the run is: epoch, batch, step, and the metrics until then."""
+        self.epoch, self.batch, self.step = (_whole(saved[name]) for name in ("epoch", "batch", "step"))
+        self.diverged_step = None if saved["diverged_step"] is None else _whole(saved["diverged_step"])
+        _check(self.epoch <= self.config.epochs and self.batch <= steps, "its position")
+        _check(self.diverged_step is not None or self.step == self.epoch * steps + self.batch, "its position")
+        self.history = saved["metrics"]
+        _check(isinstance(self.history, list) and all(map(_is_metrics, self.history)), "its metrics")
+        _check([line["epoch"] for line in self.history] == list(range(1, self.epoch + 1)), "its metrics")
+
+
+def _check(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(f"{what} cannot be")
+
+
+def _whole(value: Any) -> int:
+    _check(isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a count in it")
+    return value
+
+
+def _is_metrics(line: Any) -> bool:
+    if not isinstance(line, dict) or "epoch" not in line or not all(isinstance(name, str) for name in line):
+        return False
+    return all(value is None or type(value) in (int, float) for value in line.values())

@@ -1,0 +1,207 @@
+"""What the loops of the fused engine are written with: single instructions of the processor, and random words.
+
+numba widens whole numbers of 32 bits to 64 with each operation, which halves what a vector instruction does. So the
+loops of 32 bits use the operations below, each of which is one instruction of LLVM's and stays at 32 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import cfunc, njit, types, uint32, uint64
+from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
+
+from low_precision import noise
+from low_precision.engines.tasks import Task, field_names
+from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS
+
+_I32, _I64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+
+
+def _sources() -> str:
+    """A digest of all files that machine code of the loops is made of: those in this folder, and noise.py."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(noise.__file__)]
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
+
+
+_DIGEST = _sources()
+
+
+def kernel(function: Callable[[int], None]) -> CFunc:
+    """Compiles a function of one argument, the address of a task, or takes what was compiled from numba's cache.
+
+    numba caches machine code by the function's name, and compiles it again when the function's own file has changed,
+    but not when a file has from which that imports. So the digest of all these files becomes a part of the name.
+    """
+    function.__qualname__ += f"-{_DIGEST}"
+    options: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "cache": True}
+    return cfunc("void(int64)", **options)(function)
+
+
+# A function of one's own that becomes part of the loop which calls it, so that nothing stands in the way of vector
+# instructions. LLVM puts it there: numba's own inline="always" does the same to its intermediate code, by copies that
+# made compiling a kernel take 6 seconds instead of 1.
+inlined = njit(forceinline=True, error_model="numpy")
+
+
+def instruction(generator: Callable[..., Any]) -> Any:
+    """What may be called in a loop, from a function that says its type and makes its LLVM instructions."""
+    return intrinsic(generator)
+
+
+def _operation(name):
+    """uint32 (uint32, uint32): the LLVM instruction of that name."""
+
+    @instruction
+    def operation(typing_context, x, y):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, name)(*arguments)
+
+        return types.uint32(types.uint32, types.uint32), generate
+
+    return operation
+
+
+add, sub, mul = _operation("add"), _operation("sub"), _operation("mul")
+and_, or_, xor = _operation("and_"), _operation("or_"), _operation("xor")
+shl, shr, sar = _operation("shl"), _operation("lshr"), _operation("ashr")  # sar: copies of the sign come in
+
+
+def _bitcast(source, target, llvm_type):
+    """target (source): the same bits as another type."""
+
+    @instruction
+    def cast(typing_context, x):
+        return target(source), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], llvm_type)
+
+    return cast
+
+
+as_float, as_bits = _bitcast(types.uint32, types.float32, _FLOAT), _bitcast(types.float32, types.uint32, _I32)
+as_double, as_bits64 = _bitcast(types.int64, types.float64, _DOUBLE), _bitcast(types.float64, types.int64, _I64)
+
+
+def _load(number_type, llvm_type):
+    """number_type (int64 address, int64 i): the i-th number from an address on."""
+
+    @instruction
+    def load(typing_context, address, i):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], llvm_type.as_pointer())
+            return builder.load(builder.gep(pointer, [arguments[1]]))
+
+        return number_type(types.int64, types.int64), generate
+
+    return load
+
+
+def _store(number_type, llvm_type):
+    """void (int64 address, int64 i, number_type): puts a number in the i-th place from an address on."""
+
+    @instruction
+    def store(typing_context, address, i, value):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], llvm_type.as_pointer())
+            builder.store(arguments[2], builder.gep(pointer, [arguments[1]]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, number_type), generate
+
+    return store
+
+
+load, store = _load(types.uint32, _I32), _store(types.uint32, _I32)
+load64, store64 = _load(types.int64, _I64), _store(types.int64, _I64)
+
+
+def reader(layout: type, number_type: types.Integer = types.int64):
+    """layout (int64 address): the numbers from an address on, by the names of the fields of the class `layout`."""
+    names = field_names(layout)
+    fields = layout if issubclass(layout, tuple) else namedtuple(layout.__name__, names)
+    llvm_type = {types.uint32: _I32, types.int64: _I64}[number_type]
+
+    @instruction
+    def read(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], llvm_type.as_pointer())
+            numbers = [builder.load(builder.gep(pointer, [_I64(i)])) for i in range(len(names))]
+            return context.make_tuple(builder, signature.return_type, numbers)
+
+        return types.NamedUniTuple(number_type, len(names), fields)(types.int64), generate
+
+    return read
+
+
+def _field(builder, task, name):
+    """The address of a field of the task."""
+    return builder.inttoptr(builder.add(task, _I64(getattr(Task, name).offset)), _I64.as_pointer())
+
+
+@instruction
+def next_piece(typing_context, task):
+    """The number in the task's field `next_piece`, which is one higher afterwards; no two threads get the same."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", _field(builder, arguments[0], "next_piece"), _I64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@instruction
+def refuse(typing_context, task):
+    """Puts 1 into the task's field `refused`."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store_atomic(_I64(1), _field(builder, arguments[0], "refused"), "monotonic", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+class KeyWords(NamedTuple):
+    """The three words of a key that enter noise.word, each `_mixed`, which saves three operations an element."""
+
+    first: int
+    second: int
+    third: int
+
+
+@inlined
+def word(index, key_words):
+    """noise.word: 32 random bits for an element."""
+    x = mul(xor(xor(index, shr(index, SHIFTS[0])), key_words.first), MULTIPLIERS[0])
+    x = mul(xor(xor(x, shr(x, SHIFTS[1])), key_words.second), MULTIPLIERS[1])
+    x = mul(xor(xor(x, shr(x, SHIFTS[2])), key_words.third), MULTIPLIERS[2])
+    return xor(x, shr(x, SHIFTS[3]))
+
+
+@inlined
+def _mixed(part, shift):
+    """(x ^ part) ^ (x ^ part) >> shift = x ^ x >> shift ^ _mixed(part, shift)."""
+    return xor(uint32(part), shr(uint32(part), shift))
+
+
+@inlined
+def _mix64(z):
+    """noise.mix64."""
+    z = (z ^ (z >> uint64(MIX_SHIFTS[0]))) * uint64(MIX_MULTIPLIERS[0])
+    z = (z ^ (z >> uint64(MIX_SHIFTS[1]))) * uint64(MIX_MULTIPLIERS[1])
+    return z ^ (z >> uint64(MIX_SHIFTS[2]))
+
+
+@njit
+def key_words(key, block, draw):
+    """noise.Key(key).parts(block, draw), each `_mixed`."""
+    start = uint64(key) + uint64(GAMMA) * (uint64(1) + uint64(block) + (uint64(draw) << uint64(32)))
+    mixed, more = _mix64(start), _mix64(start ^ uint64(0xFFFFFFFFFFFFFFFF))
+    return KeyWords(
+        first=_mixed(uint32(mixed), SHIFTS[0]),
+        second=_mixed(uint32(mixed >> uint64(32)), SHIFTS[1]),
+        third=_mixed(uint32(more), SHIFTS[2]),
+    )

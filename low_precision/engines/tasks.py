@@ -1,0 +1,103 @@
+"""What the kernels of the fused engine are told: memory that fused.py fills in and the kernels read, by the same names.
+
+No numba here, and no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from typing import TypeVar, dataclass_transform
+
+_Structure = TypeVar("_Structure", bound=type[ctypes.Structure])
+
+
+@dataclass_transform(kw_only_default=True)
+def _of_int64(structure: _Structure) -> _Structure:
+    """The fields that a class names by its annotations, after those of its base, each a whole number of 64 bits."""
+    structure._fields_ = [(name, ctypes.c_int64) for name in inspect.get_annotations(structure)]
+    return structure
+
+
+def field_names(layout: type) -> tuple[str, ...]:
+    """The fields of a structure or a named tuple, in the order of memory."""
+    if issubclass(layout, tuple):
+        return tuple(layout._fields)  # type: ignore[attr-defined]
+    return tuple(name for base in reversed(layout.__mro__) for name, _ in vars(base).get("_fields_", ()))
+
+
+@_of_int64
+class Task(ctypes.Structure):
+    """One tensor's work. It is in pieces: each thread that calls a kernel with the task takes the next one in turn.
+
+    Addresses are those of memory that must live as long as the task.
+    """
+
+    __slots__ = ()  # so that a name which is no field is refused
+
+    source: int  # the address of float32 numbers, of float64 numbers in loops64.flat
+    target: int  # the address of what comes out; where that is as large as the source, it may be the source
+    count: int  # how many numbers, units or blocks there are
+    piece: int  # how many of them are one piece
+    next_piece: int = 0  # the number of the piece that nobody has taken yet
+    refused: int = 0  # 1 afterwards where the kernel could not do it; what it wrote is then of no use
+
+
+@_of_int64
+class RoundingTask(Task):
+    """Numbers that are rounded."""
+
+    __slots__ = ()
+
+    key: int  # noise.Key.value, as an int64 of the same bits
+    parameters: int  # the address of parameters.Parameters as uint32, or of Parameters64 as int64 in loops64
+    first: int  # the index of the first number
+
+
+@_of_int64
+class ImagesTask(RoundingTask):
+    """Images that lie pixel by pixel, while their elements are counted channel by channel; see loops.channels_last."""
+
+    __slots__ = ()
+
+    channels: int
+    pixels: int  # of an image
+    offsets: int  # the address of uint32: for each of GROUP elements in memory, its index less the unit's first one
+
+
+@_of_int64
+class BlocksTask(RoundingTask):
+    """Blocks of numbers that share a scale."""
+
+    __slots__ = ()
+
+    length: int  # how many numbers a block has
+
+
+@_of_int64
+class ScaledTask(BlocksTask):
+    """Blocks whose scale is a number of a format times that of the tensor: see blocks.scales.
+
+    What is `float64` here stands in the task by its bits.
+    """
+
+    __slots__ = ()
+
+    maxima: int  # the address of float32: the largest magnitude of each block
+    counted: int  # float64: the largest magnitude that counts
+    element_largest: int  # float64
+    tensor_scale: int  # float64: a power of two
+    scale_largest: int  # float64
+    scale_smallest: int  # float64
+    scale_lowest_exponent: int  # its smallest normal value is two to the power of this
+    scale_mantissa: int  # bits
+
+
+@_of_int64
+class MaximaTask(Task):
+    """Blocks of which the largest magnitude is sought: float32, one a block."""
+
+    __slots__ = ()
+
+    length: int  # how many numbers a block has
+    type_largest: int  # the bits of the float32 number that stands for infinity

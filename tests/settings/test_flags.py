@@ -1,0 +1,187 @@
+"""Flags: the command of a run gives that run again, and errors say in fields what was given and what is allowed."""
+
+import copy
+import pickle
+import shlex
+from dataclasses import fields
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from data import DATASETS
+from low_precision.formats import BLOCKS, NAMED
+from low_precision.rounding import Rounding
+from low_precision.rules import SITES
+from settings.config import MODEL_NAMES, Config, ConfigError
+from settings.flags import config_of, flags_of
+from settings.recipes import RECIPES, with_recipe
+
+FORMATS = st.sampled_from([*NAMED, *BLOCKS, "half", "e4m3", "fixed8.4s", "bfp8_row"])
+ROUNDINGS = st.sampled_from([*map(str, Rounding), "stochastic:4", "stochastic:23:half"])
+RULES = FORMATS | st.builds("{}:{}".format, FORMATS, ROUNDINGS)
+TEXTS = st.text(min_size=1, max_size=8) | st.sampled_from(["-x", "--epochs", "a b", "=", "-", "~", "none", "it's"])
+PATTERNS = st.sampled_from(["stage1.*", "fc", "*", "-x", "conv[12]", "none", "all"])
+VALUES = {
+    "dataset": st.sampled_from([*DATASETS]),
+    "test_split": st.floats(0.01, 0.9),
+    "scale_on": st.sampled_from(["train", "all"]),
+    "data_dir": TEXTS,
+    "model": st.sampled_from(MODEL_NAMES),
+    "epochs": st.integers(0, 10**30),
+    "batch_size": st.integers(1, 10**30),
+    "optimizer": st.sampled_from(["sgd", "adam", "adamw"]),
+    "learning_rate": st.floats(1e-300, 1e30),
+    "momentum": st.floats(0, 1e30),
+    "weight_decay": st.floats(0, 1e30),
+    "schedule": st.sampled_from(["constant", "cosine", "onecycle"]),
+    "average_last": st.floats(0, 1),
+    "seed": st.integers(0, 2**32 - 1),
+    "device": st.sampled_from(["auto", "cpu", "cuda"]),
+    "precision": FORMATS,
+    "rounding": ROUNDINGS,
+    "quantize": st.sampled_from(["all", "none"]) | st.lists(st.sampled_from(SITES), unique=True),
+    "site": st.dictionaries(st.sampled_from(SITES), RULES).map(lambda d: tuple(f"{s}={r}" for s, r in d.items())),
+    "layers": st.none() | st.lists(PATTERNS, min_size=1, max_size=3).map(tuple),
+    "rounding_seed": st.none() | st.integers(0, 2**32 - 1),
+    "overflow": st.sampled_from(["saturate", "infinity"]),
+    "loss_scale": st.just("dynamic") | st.floats(1e-30, 1e30),
+    "backend": st.sampled_from(["auto", "eager", "fused", "qtorch"]),
+    "output_dir": TEXTS,
+    "checkpoint_every": st.sampled_from(["1", "5", "90s", "1.5m", "2h"]),
+    "wandb": st.sampled_from(["auto", "online", "offline", "disabled"]),
+    "wandb_project": st.none() | TEXTS,
+    "wandb_entity": st.none() | TEXTS,
+}
+
+
+def test_every_setting_has_values_above():
+    assert list(VALUES) == [f.name for f in fields(Config)]
+
+
+@settings(max_examples=500, derandomize=True, database=None, deadline=None)
+@given(st.data(), st.lists(st.sampled_from([*VALUES]), unique=True, max_size=6))
+def test_the_command_of_a_run_is_that_run(draw, names):
+    try:
+        config = Config.make(**{name: draw.draw(VALUES[name], name) for name in names})
+    except ConfigError:
+        assume(False)  # settings that do not go together
+    words = flags_of(config)
+    assert config_of(words) == config
+    assert config_of(shlex.split(shlex.join(words))) == config
+    if names:
+        left_out = flags_of(config, without=[names[0]])
+        default = next(f.default for f in fields(Config) if f.name == names[0])
+        assert getattr(config_of(left_out), names[0]) == default or names[0] in ("optimizer", "dataset", "model")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_command_of_a_recipe_is_that_run(recipe):
+    config = Config.make(**with_recipe(recipe, {"dataset": "digits"}))
+    assert config_of(flags_of(config)) == config == config_of(["--recipe", recipe, "--dataset", "digits"])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({}, []),
+        ({"quantize": "none"}, ["--quantize", "none"]),
+        ({"quantize": "errors,weights"}, ["--quantize", "weights,errors"]),
+        ({"output_dir": "-x"}, ["--output-dir=-x"]),
+        ({"layers": ("-x", "y")}, ["--layers=-x,y"]),
+        (
+            {"site": ("weights=fp16", "accumulator=float32")},
+            ["--site", "weights=fp16", "--site", "accumulator=float32"],
+        ),
+        ({"rounding": "stochastic:4:half"}, ["--rounding", "stochastic:4:half"]),
+        ({"loss_scale": 1024, "epochs": "3"}, ["--epochs", "3", "--loss-scale", "1024.0"]),
+    ],
+    ids=str,
+)
+def test_flags_as_they_are_written(made, words):
+    assert flags_of(Config.make(**made)) == words
+
+
+@pytest.mark.parametrize("patterns", [(), ("a,b",), ("",), (" a",)])
+def test_patterns_that_no_flag_could_name_are_refused(patterns):
+    with pytest.raises(ConfigError, match="--layers"):
+        Config.make(layers=patterns)
+
+
+@pytest.mark.parametrize("word", ["--resume=x", "--debug", "--list-formats", "--list-recipes"])
+def test_what_is_no_flag_of_a_run_is_refused(word):
+    with pytest.raises(ConfigError, match=f"^{word.partition('=')[0]}: given it, allowed: the flags of a run alone$"):
+        config_of([word])
+
+
+def test_folders_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = config_of(["--output-dir", "~/runs", "--data-dir", "~"])
+    assert (config.output_dir, config.data_dir) == ("/home/somebody/runs", "/home/somebody")
+    assert config_of(flags_of(config)) == config
+    assert config_of(["--output-dir", "a~b"]).output_dir == "a~b"
+    assert config.folder_name == Config().folder_name
+
+
+# Errors
+
+WRONG = [
+    ("--dataset", "bostn", "boston"),
+    ("--model", "resnet18", "resnet20"),
+    ("--optimizer", "adamW", "adamw"),
+    ("--schedule", "cosin", "cosine"),
+    ("--scale-on", "trian", "train"),
+    ("--device", "cudaa", "cuda"),
+    ("--precision", "float9", "float8"),
+    ("--precision", "bflaot16", "bfloat16"),
+    ("--precision", "mxfp4_", "mxfp4"),
+    ("--rounding", "stochastik", "stochastic"),
+    ("--rounding", "nearest_awy", "nearest_away"),
+    ("--quantize", "weight,errors", "weights"),
+    ("--quantize", "non", "none"),
+    ("--site", "accumlator=fp16", "accumulator"),
+    ("--site", "weights=flota8", "float8"),
+    ("--site", "weights=float8:stochastc", "stochastic"),
+    ("--recipe", "publish", "published"),
+    ("--overflow", "infinty", "infinity"),
+    ("--loss-scale", "dynamc", "dynamic"),
+    ("--backend", "fusd", "fused"),
+    ("--wandb", "offlin", "offline"),
+    # nothing is near
+    ("--dataset", "42", None),
+    ("--precision", "", None),
+    ("--loss-scale", "-1", None),
+    ("--epochs", "x", None),
+    ("--quantize", "weights,weights", None),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "near"), WRONG)
+def test_a_wrong_value_gets_the_nearest_known_one(flag, value, near):
+    with pytest.raises(ConfigError) as caught:
+        config_of([f"{flag}={value}"])
+    error = caught.value
+    seen = value or "''"
+    assert (error.setting, error.value, error.nearest) == (flag, seen, near)
+    hint = f" (did you mean {near}?)" if near else ""
+    assert str(error) == f"{flag}: given {seen}{hint}, allowed: {error.allowed}{error.note}"
+    assert near is None or near in error.allowed or flag == "--site"
+
+
+@pytest.mark.parametrize(("word", "near"), [("--epoch", "--epochs"), ("--reciep", "--recipe"), ("--zzz", None)])
+def test_an_unknown_flag_gets_the_nearest_known_one(word, near):
+    with pytest.raises(ConfigError) as caught:
+        config_of([word, "3"])
+    assert (caught.value.setting, caught.value.value, caught.value.nearest) == (None, word, near)
+
+
+def test_an_error_survives_pickling_and_copying():
+    """As in a sweep, whose runs are in other processes."""
+    with pytest.raises(ConfigError) as caught:
+        Config.make(precision="float9")
+    error = caught.value
+    error.note += "; --recipe x gives it"
+    for back in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(back) is ConfigError
+        assert vars(back) == vars(error)
+        assert str(back) == str(error)
