@@ -57,6 +57,17 @@ def bare_wandb(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread():
+    """Models of tests are so small that threads cost more than they do, much more on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def hangup():
     """SIGHUP as in a terminal: under nohup it is ignored, and a run then leaves it so."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)

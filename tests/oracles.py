@@ -13,7 +13,7 @@ from low_precision.rounding import Rounding
 
 def values(fmt: Format) -> list[float]:
     """Every finite value >= 0 of a small format, in order, by counting its codes."""
-    found, code = [], 0
+    met, code = [], 0
     while True:
         exponent, mantissa = divmod(code, 2**fmt.mantissa_bits)
         if exponent == 0:
@@ -21,8 +21,8 @@ def values(fmt: Format) -> list[float]:
         else:
             value = math.ldexp(2**fmt.mantissa_bits + mantissa, exponent - fmt.bias - fmt.mantissa_bits)
         if value > fmt.largest:
-            return found
-        found.append(value)
+            return met
+        met.append(value)
         code += 1
 
 

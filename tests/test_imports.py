@@ -95,6 +95,13 @@ def test_the_laboratory_imports_no_private_name_of_another_file():
     assert wrong == []
 
 
+def test_no_test_imports_another_one():
+    """What several need is in the helpers beside this file; fixtures are in conftest.py, which nobody imports."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = {name.partition(".")[0] for name in imported(path)}
+        assert not [name for name in names if name.startswith("test_") or name == "conftest"], path
+
+
 def test_the_process_of_wandb_starts_without_the_rest():
     """lab/wandb_run.py is run as a script too: what it imported would be loaded a second time."""
     assert not {name.partition(".")[0] for name in imported(ROOT / "lab" / "wandb_run.py")} & RANK.keys()
@@ -166,6 +173,6 @@ def test_one_file_knows_what_is_private_in_torch():
 def test_what_the_library_asks_others_for_is_public_or_its_own():
     """A private name that nobody in the library defines is somebody else's, and may be gone in their next version."""
     files = [path for path in FILES if room(path) == "low_precision" and path.name != "torch_private.py"]
-    own = set().union(*map(defined_names, files))
+    ours = set().union(*map(defined_names, files))
     documented = {"_fields", "_fields_", "_asdict", "_replace"}  # of named tuples and ctypes, to which they are public
-    assert {name: words for name in files if (words := private_names(name) - own - documented)} == {}
+    assert {name: words for name in files if (words := private_names(name) - ours - documented)} == {}

@@ -18,8 +18,8 @@ STEPS = [{"Training.MSE": 1 / (step + 1), "Testing.MSE": step * 0.1} for step in
 
 
 def tracker(mode, directory, **changes):
-    given = {"project": None, "entity": None, "name": NAME[:-9], "group": "boston", "config": {"seed": 42, "a": [1]}}
-    return wandb_run.Wandb(mode, directory=directory, **(given | changes))
+    settings = {"project": None, "entity": None, "name": NAME[:-9], "group": "boston", "config": {"seed": 42, "a": [1]}}
+    return wandb_run.Wandb(mode, directory=directory, **(settings | changes))
 
 
 def whole_run(mode, directory, exit_code=0, **changes):
@@ -43,14 +43,14 @@ def stored(folder):
     (file,) = folder.glob("*.wandb")
     data = file.read_bytes()
     assert data[:4] == b":W&B"
-    at, parts, records = 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little for a header: the rest of the block is empty
-            at += 32768 - at % 32768
+    place, parts, records = 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # too little for a header: the rest of the block is empty
+            place += 32768 - place % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
         if kind in (1, 4):  # whole, or its last part
             records.append(Record.FromString(parts))
             parts = b""
@@ -93,9 +93,9 @@ def server(monkeypatch, *, key=True, status=200, hang_at=None):
             if status != 200:
                 answer = {"errors": [{"message": "user is not logged in"}]}
             elif "upsertBucket" in requests[-1][1]:
-                given = json.loads(body)["variables"]
-                project = {"id": "p", "name": given.get("project"), "entity": {"id": "e", "name": "somebody"}}
-                bucket = {"id": "b", "name": given.get("name"), "config": "{}", "project": project}
+                asked = json.loads(body)["variables"]
+                project = {"id": "p", "name": asked.get("project"), "entity": {"id": "e", "name": "somebody"}}
+                bucket = {"id": "b", "name": asked.get("name"), "config": "{}", "project": project}
                 answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
             data = json.dumps(answer).encode()
             with contextlib.suppress(OSError):

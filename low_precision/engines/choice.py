@@ -52,6 +52,8 @@ def quantize(
 
         result = qtorch.quantize(x.float(), format, rounding, overflow).to(x.dtype)
         return result if out is None else out.copy_(result)
+    global _spent
+    timed = False
     if x.device.type == "cuda" and backend != "eager":
         engine = _or_eager("cuda")
     elif x.device.type != "cpu" or backend == "eager":
@@ -61,25 +63,11 @@ def quantize(
     elif _spent >= LOAD_SECONDS:
         engine = _or_eager("fused")
     else:
-        return _timed(x, format, rounding, overflow, key, dim, out)
-    rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
-    return rounded
-
-
-def _timed(
-    x: Tensor,
-    format: AnyFormat,
-    rounding: AnyRounding,
-    overflow: Overflow,
-    key: Key | None,
-    dim: int,
-    out: Tensor | None,
-) -> Tensor:
-    """The eager engine, and how long it takes in all."""
-    global _spent
+        engine, timed = _load("eager"), True
     start = time.perf_counter()
-    rounded: Tensor = _load("eager").quantize(x, format, rounding, overflow, key, dim, out)
-    _spent += time.perf_counter() - start
+    rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
+    if timed:
+        _spent += time.perf_counter() - start
     return rounded
 
 

@@ -1,6 +1,6 @@
 """The engine for CUDA: one pass over memory with the bits of engines/eager.py, in Triton, which comes with torch there.
 
-engines/loops.py explains the arithmetic. Here every element takes the general way: memory is slower than that.
+engines/eager.py explains the arithmetic. Here every element takes the same way: memory is slower than that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from low_precision.engines import eager
-from low_precision.engines.parameters import MODES, mode_of, parameters
+from low_precision.engines.parameters import (
+    DOWN,
+    FEW_BITS,
+    NEAREST,
+    NEAREST_AWAY,
+    STOCHASTIC,
+    TOWARD_ZERO,
+    UP,
+    mode_of,
+    parameters,
+)
 from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS, Key
 from low_precision.rounding import AnyRounding, Overflow
@@ -20,7 +30,9 @@ _TILE = 1024  # elements a program
 _PIECE = 2**30  # elements a launch: indices within one fit in 32 bits, and none crosses a multiple of 2**32
 
 # A kernel of Triton's sees those numbers of a module alone that are `constexpr`.
-_NEAREST, _AWAY, _ZERO, _UP, _DOWN, _STOCHASTIC, _FEW = (tl.constexpr(mode) for mode in range(len(MODES)))
+_NEAREST, _NEAREST_AWAY, _TOWARD_ZERO = tl.constexpr(NEAREST), tl.constexpr(NEAREST_AWAY), tl.constexpr(TOWARD_ZERO)
+_UP, _DOWN = tl.constexpr(UP), tl.constexpr(DOWN)
+_STOCHASTIC, _FEW_BITS = tl.constexpr(STOCHASTIC), tl.constexpr(FEW_BITS)
 _MAGNITUDE, _INFINITY, _SIGN = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000), tl.constexpr(0x80000000)
 _SHIFT_0, _SHIFT_1, _SHIFT_2, _SHIFT_3 = (tl.constexpr(shift) for shift in SHIFTS)
 _MULTIPLIER_0, _MULTIPLIER_1, _MULTIPLIER_2 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
@@ -111,7 +123,7 @@ def _round(
         if MANTISSA == 0:
             last += level - LOWEST_LEVEL
         added = (below + (last & 1)) >> 1
-    if MODE == _AWAY:
+    if MODE == _NEAREST_AWAY:
         added = (below + 1) >> 1
     if MODE == _UP:
         added = tl.where(negative, 0, below)
@@ -120,7 +132,7 @@ def _round(
     if MODE >= _STOCHASTIC:
         word = _words(index, key, tl.zeros((1,), tl.uint64))
         added = (word >> 1) >> (31 - drop)
-        if MODE == _FEW:
+        if MODE == _FEW_BITS:
             unused = tl.maximum(drop, RANDOM_BITS) - RANDOM_BITS
             added = (added >> unused) << unused
             if HALF_OFFSET:
@@ -153,7 +165,7 @@ def _round(
     if IEEE:
         infinite = tl.full((TILE,), _INFINITY, tl.uint32)
         beyond = infinite
-        if MODE == _ZERO:
+        if MODE == _TOWARD_ZERO:
             beyond = limit
         if MODE == _UP:
             beyond = tl.where(negative, limit, infinite)

@@ -16,7 +16,7 @@ from torch import Tensor
 from low_precision import blocks
 from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import LOW_WORD, Key, hash_words, words
-from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding
+from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding, is_random
 
 _CPU_BLOCK = 2**17  # elements at a time: the temporaries of a block stay in the cache
 _GPU_BLOCK = 2**26
@@ -132,7 +132,9 @@ def _round_block(
     normal_drop, lowest_level = carrier.digits - fmt.mantissa_bits, carrier.bias - fmt.bias
     level = scale.clamp(min=lowest_level)  # the scale that decides the last place
     whole_drop = (level - scale).add_(normal_drop)
-    drop = whole_drop.clamp(max=carrier.most_dropped)
+    # Only random roundings look at the whole of it again; for the others, a copy of it would take time.
+    most = carrier.most_dropped
+    drop = whole_drop.clamp(max=most) if is_random(rounding) else whole_drop.clamp_(max=most)
 
     # Add the part of the last place that the rounding mode asks for, then cut what lies below the last place.
     if rounding is Rounding.TOWARD_ZERO:
@@ -149,7 +151,9 @@ def _round_block(
             if bool((whole_drop > drop).any()):
                 _round_deep(rounded, word, significand, whole_drop, carrier, key, start)
     else:
-        exponent = (scale - lowest_level).clamp_(min=0) if fmt.mantissa_bits == 0 else None
+        exponent = None
+        if rounding is Rounding.NEAREST and fmt.mantissa_bits == 0:
+            exponent = (scale - lowest_level).clamp_(min=0)
         added = _part_of_last_place(rounding, significand, exponent, drop, sign)
         rounded = added.add_(significand) >> drop
 
@@ -160,7 +164,22 @@ def _round_block(
     else:  # an exact product of normal numbers
         last_place = (level + (1 - fmt.mantissa_bits)) << carrier.digits
         result = rounded.to(carrier.floats).mul_(last_place.view(carrier.floats)).view(carrier.integers)
+    return _finished(result, magnitude, sign, carrier, fmt, rounding, overflow)
 
+
+def _finished(
+    result: Tensor,
+    magnitude: Tensor,
+    sign: Tensor,
+    carrier: _Carrier,
+    fmt: Format,
+    rounding: AnyRounding,
+    overflow: Overflow,
+) -> Tensor:
+    """The result, which is overwritten, as floating-point numbers: after overflow, with NaNs and signs.
+
+    magnitude, sign: of the numbers before they were rounded.
+    """
     largest = carrier.bits_of(fmt.largest)
     limit = largest + (sign & (carrier.bits_of(-fmt.lowest) - largest)) if fmt.twos_complement else largest
     if overflow is Overflow.SATURATE:

@@ -52,18 +52,18 @@ def quantize(
     infinity = overflow is Overflow.INFINITY
     if x.dtype == torch.float64:
         return _quantize_float64(x, fmt, rounding, infinity, key, first, out)
-    known = _known(fmt, rounding)
+    stored = _stored(fmt, rounding)
     result = torch.empty_like(x) if out is None else out
     if x.is_contiguous() and result.is_contiguous():
-        _flat(known, infinity, x, result, key, first)
+        _flat(stored, infinity, x, result, key, first)
     elif key is None and x.stride() == result.stride() and _is_dense(x):  # then an element's index does not matter
         source, target = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (x, result))
-        _flat(known, infinity, source, target, key, first)
+        _flat(stored, infinity, source, target, key, first)
     elif key is not None and _is_of_images(x, result) and first + x.numel() <= 2**32:
-        _channels_last(known, infinity, x, result, key, first)
+        _channels_last(stored, infinity, x, result, key, first)
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
-        _flat(known, infinity, contiguous, contiguous, key, first)
+        _flat(stored, infinity, contiguous, contiguous, key, first)
         result.copy_(contiguous)
     return result
 
@@ -85,9 +85,9 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
-def _flat(known: _Known, infinity: bool, x: Tensor, result: Tensor, key: Key | None, first: int) -> None:
+def _flat(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, key: Key | None, first: int) -> None:
     """x, result: contiguous, float32 or, by way of it, another type."""
-    kernel = loops.flat(known.mode, infinity)
+    kernel = loops.flat(stored.mode, infinity)
     if x.dtype == torch.float32:
         task = RoundingTask(
             source=x.data_ptr(),
@@ -95,7 +95,7 @@ def _flat(known: _Known, infinity: bool, x: Tensor, result: Tensor, key: Key | N
             count=x.numel(),
             piece=PIECE,
             key=_as_int64(key),
-            parameters=known.address,
+            parameters=stored.address,
             first=first,
         )
         _run(kernel, task)
@@ -103,11 +103,11 @@ def _flat(known: _Known, infinity: bool, x: Tensor, result: Tensor, key: Key | N
     flat, rounded = x.view(-1), result.view(-1)
     for start in range(0, len(flat), _HALVES):
         numbers = flat[start : start + _HALVES].float()
-        _flat(known, infinity, numbers, numbers, key, first + start)
+        _flat(stored, infinity, numbers, numbers, key, first + start)
         rounded[start : start + _HALVES].copy_(numbers)
 
 
-def _channels_last(known: _Known, infinity: bool, x: Tensor, result: Tensor, key: Key, first: int) -> None:
+def _channels_last(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, key: Key, first: int) -> None:
     images, channels = x.shape[:2]
     pixels = x[0, 0].numel()
     offsets, unit = _offsets(channels, pixels)
@@ -117,13 +117,13 @@ def _channels_last(known: _Known, infinity: bool, x: Tensor, result: Tensor, key
         count=images * -(-pixels // unit),
         piece=max(1, PIECE // (unit * channels)),
         key=_as_int64(key),
-        parameters=known.address,
+        parameters=stored.address,
         first=first,
         channels=channels,
         pixels=pixels,
         offsets=offsets.ctypes.data,
     )
-    _run(loops.channels_last(known.mode, infinity), task)
+    _run(loops.channels_last(stored.mode, infinity), task)
 
 
 @lru_cache(maxsize=256)
@@ -137,7 +137,7 @@ def _offsets(channels: int, pixels: int) -> tuple[np.ndarray, int]:
 def _quantize_float64(
     x: Tensor, fmt: Format, rounding: AnyRounding, infinity: bool, key: Key | None, first: int, out: Tensor | None
 ) -> Tensor:
-    known, source = _known64(fmt, rounding), x.contiguous()
+    stored, source = _stored64(fmt, rounding), x.contiguous()
     rounded = torch.empty_like(source)
     task = RoundingTask(
         source=source.data_ptr(),
@@ -145,10 +145,10 @@ def _quantize_float64(
         count=x.numel(),
         piece=PIECE,
         key=_as_int64(key),
-        parameters=known.address,
+        parameters=stored.address,
         first=first,
     )
-    _run(loops64.flat(known.mode, infinity), task)
+    _run(loops64.flat(stored.mode, infinity), task)
     if out is None:
         out = rounded if x.is_contiguous() else torch.empty_like(x)
     return out if out is rounded else out.copy_(rounded)
@@ -185,18 +185,18 @@ def _blocks(
     rows: Tensor, element: Format, rounding: AnyRounding, key: Key | None, first: int, type_largest: float
 ) -> Tensor | None:
     """Blocks whose scale is a power of two, or None where eager must round them."""
-    known, rounded, (count, length) = _known(element, rounding, type_largest), torch.empty_like(rows), rows.shape
+    stored, rounded, (count, length) = _stored(element, rounding, type_largest), torch.empty_like(rows), rows.shape
     task = BlocksTask(
         source=rows.data_ptr(),
         target=rounded.data_ptr(),
         count=count,
         piece=max(1, PIECE // max(1, length)),
         key=_as_int64(key),
-        parameters=known.address,
+        parameters=stored.address,
         first=first,
         length=length,
     )
-    _run(loops.blocks(known.mode), task)
+    _run(loops.blocks(stored.mode), task)
     return None if task.refused else rounded
 
 
@@ -210,8 +210,8 @@ def _one_block(
     of_block = parameters(element, rounding, type_largest).of_block(bits(float(torch.cat(pieces).amax())))
     if of_block is None:
         return None
-    known, rounded = _in_memory(mode_of(rounding), of_block), torch.empty_like(rows)
-    _flat(known, False, rows, rounded, key, first)
+    stored, rounded = _store(mode_of(rounding), of_block), torch.empty_like(rows)
+    _flat(stored, False, rows, rounded, key, first)
     return rounded
 
 
@@ -219,7 +219,7 @@ def _scaled(
     rows: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, first: int, type_largest: float
 ) -> Tensor:
     """Blocks whose scale is a number of the format `fmt.scale`, times a power of two for the tensor."""
-    known, rounded, (count, length) = _known64(fmt.element, rounding), torch.empty_like(rows), rows.shape
+    stored, rounded, (count, length) = _stored64(fmt.element, rounding), torch.empty_like(rows), rows.shape
     assert fmt.scale is not None
     maxima = _maxima(rows, type_largest)
     task = ScaledTask(
@@ -228,7 +228,7 @@ def _scaled(
         count=count,
         piece=max(1, PIECE // max(1, length)),
         key=_as_int64(key),
-        parameters=known.address,
+        parameters=stored.address,
         first=first,
         length=length,
         maxima=maxima.data_ptr(),
@@ -240,7 +240,7 @@ def _scaled(
         scale_lowest_exponent=math.frexp(fmt.scale.smallest_normal)[1] - 1,
         scale_mantissa=fmt.scale.mantissa_bits,
     )
-    _run(loops64.scaled(known.mode), task)
+    _run(loops64.scaled(stored.mode), task)
     return rounded
 
 
@@ -260,28 +260,28 @@ def _maxima(rows: Tensor, type_largest: float) -> Tensor:
     return maxima
 
 
-class _Known(NamedTuple):
-    """What a kernel has to know of a format and a rounding, in memory."""
+class _StoredParameters(NamedTuple):
+    """The parameters of a format and a rounding where a kernel reads them."""
 
     mode: int  # a place in MODES
     address: int
     memory: np.ndarray  # which must live as long as the address is used
 
 
-def _in_memory(mode: int, numbers: Parameters) -> _Known:
+def _store(mode: int, numbers: Parameters) -> _StoredParameters:
     memory = np.array([number % 2**32 for number in numbers], dtype=np.uint32)
-    return _Known(mode, memory.ctypes.data, memory)
+    return _StoredParameters(mode, memory.ctypes.data, memory)
 
 
 @lru_cache(maxsize=1024)
-def _known(fmt: Format, rounding: AnyRounding, type_largest: float = 0.0) -> _Known:
-    return _in_memory(mode_of(rounding), parameters(fmt, rounding, type_largest))
+def _stored(fmt: Format, rounding: AnyRounding, type_largest: float = 0.0) -> _StoredParameters:
+    return _store(mode_of(rounding), parameters(fmt, rounding, type_largest))
 
 
 @lru_cache(maxsize=1024)
-def _known64(fmt: Format, rounding: AnyRounding) -> _Known:
+def _stored64(fmt: Format, rounding: AnyRounding) -> _StoredParameters:
     memory = np.array(parameters64(fmt, rounding), dtype=np.int64)
-    return _Known(mode_of(rounding), memory.ctypes.data, memory)
+    return _StoredParameters(mode_of(rounding), memory.ctypes.data, memory)
 
 
 def _as_int64(key: Key | None) -> int:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from run_helpers import ROOT
 from scipy import stats
 
 sys.path.insert(0, str(ROOT / "experiments"))

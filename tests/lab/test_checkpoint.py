@@ -129,11 +129,11 @@ def test_a_damaged_one_falls_back_to_the_one_before(cli, monkeypatch, how):
     damage(newest, how) if how != "missing" else newest.unlink()
     ran = cli("--resume", folder)
     assert (ran.status, bits(ran.folder)) == (0, expected)
-    told = ran.err.splitlines()[:2]
+    lines = ran.err.splitlines()[:2]
     reason = {"flipped": "corrupted: its SHA-256", "missing": "missing"}.get(how, "cut off, or no checkpoint")
-    assert told[0].startswith(f"{newest}: {reason}")
-    assert told[0].endswith("; going on from checkpoint.previous.pt")
-    assert told[1] == f"resuming {folder} after epoch 2 of 4, step 14"
+    assert lines[0].startswith(f"{newest}: {reason}")
+    assert lines[0].endswith("; going on from checkpoint.previous.pt")
+    assert lines[1] == f"resuming {folder} after epoch 2 of 4, step 14"
 
 
 def test_the_good_one_survives_a_kill_after_the_fall_back(cli, child, tmp_path, monkeypatch):
@@ -239,9 +239,9 @@ def test_an_id_of_wandb_from_a_stranger_deletes_nothing(cli, tmp_path, monkeypat
     """The id finds the folders that a resumed run replaces: '*' would find all of them."""
     from lab import wandb_run
 
-    for given in ("*", "../..", "0123456?", "0" * 9, "", None):
-        made = wandb_run.Wandb("disabled", None, None, "name", None, {}, tmp_path, given)
-        assert made.id != given
+    for run_id in ("*", "../..", "0123456?", "0" * 9, "", None):
+        made = wandb_run.Wandb("disabled", None, None, "name", None, {}, tmp_path, run_id)
+        assert made.id != run_id
         assert len(made.id) == 8
     assert wandb_run.Wandb("disabled", None, None, "name", None, {}, tmp_path, "0123abcd").id == "0123abcd"
 

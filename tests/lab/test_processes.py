@@ -51,6 +51,7 @@ def test_every_sample_is_rounded_as_in_one_process(cli, tmp_path):
             assert line[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_processes_goes_on_with_one_or_two(cli, tmp_path):
     """All sites, momentum and accumulator too: each checkpoint compares the replicas, bit by bit."""
     flags = [*ALONE, "--dataset", "digits", "--batch-size", 250, "--precision", "float8", "--rounding", "stochastic"]

@@ -48,13 +48,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The runs here are so small that threads cost more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def arguments_of(name, folder):
@@ -314,7 +308,7 @@ def test_killed_again_and_again(cli, child, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("flags", "words"),
     [
         (["--epochs", 9], ["--epochs 9, not 4"]),
         (["--seed", 43, "--learning-rate", 0.5], ["--learning-rate 0.5, not 0.01", "--seed 43, not 42"]),
@@ -326,16 +320,16 @@ def test_killed_again_and_again(cli, child, tmp_path, seed):
         (["--output-dir", "elsewhere"], ["--output-dir: given elsewhere", "allowed: runs"]),
     ],
 )
-def test_flags_that_would_change_the_result(cli, tmp_path, monkeypatch, given, words):
+def test_flags_that_would_change_the_result(cli, tmp_path, monkeypatch, flags, words):
     folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
     before = snapshot(tmp_path)
-    is_refused(cli("--resume", folder, *given), *words)
+    is_refused(cli("--resume", folder, *flags), *words)
     assert snapshot(tmp_path) == before
 
 
 def test_flags_that_do_not_are_taken(cli, monkeypatch):
     folder = stopped(cli, monkeypatch, *NOISY_BOSTON)
-    given = [
+    flags = [
         "--checkpoint-every",
         "2h",
         "--seed",
@@ -347,7 +341,7 @@ def test_flags_that_do_not_are_taken(cli, monkeypatch):
         "--device",
         "cpu",
     ]
-    ran = cli("--resume", folder, *given)
+    ran = cli("--resume", folder, *flags)
     assert ran.status == 0
     assert (ran.config["checkpoint_every"], ran.config["device"]) == ("2h", "cpu")
 

@@ -249,7 +249,7 @@ def test_a_resumed_online_run_goes_on_under_its_first_id(tmp_path, monkeypatch):
         assert again == line
         assert uploaded(requests[seen:]) == dict(enumerate(STEPS))
         upserts = [json.loads(body)["variables"] for _, body in requests[seen:] if "upsertBucket" in body]
-        assert {given["name"] for given in upserts} == {run_id}
+        assert {variables["name"] for variables in upserts} == {run_id}
 
 
 def test_a_run_resumed_while_the_process_of_the_killed_one_still_closes_it(tmp_path):

@@ -35,6 +35,8 @@ from low_precision.optimizer import EXTRA_STATE
 from low_precision.scheme import Scheme
 from low_precision.wrap import quantize_model, quantize_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Copies
 
 
@@ -203,18 +205,18 @@ def test_overflows_on_several_devices_are_all_found():
 def test_tensors_given_for_the_parameters_are_used_as_they_are():
     model, _ = everything()
     before = parameters(model)
-    given = {name: torch.full_like(p, 0.3).requires_grad_() for name, p in model.named_parameters()}
+    tensors = {name: torch.full_like(p, 0.3).requires_grad_() for name, p in model.named_parameters()}
     met = []
     model.hidden1.register_forward_hook(lambda layer, read, y: met.append((layer.weight, read[0], y)))
-    y = functional_call(model, given, (batch("mlp")[0],))
-    assert met[0][0] is given["hidden1.weight"]
+    y = functional_call(model, tensors, (batch("mlp")[0],))
+    assert met[0][0] is tensors["hidden1.weight"]
     assert holds(met[0][1], FLOAT8)
     assert holds(met[0][2], FLOAT8)
     y.square().sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in given.values())
+    assert all(p.grad.abs().sum() > 0 for p in tensors.values())
     assert all(p.grad is None for p in model.parameters())
     assert equal(parameters(model), before)
-    assert torch.equal(given["hidden1.weight"].detach(), torch.full((8, 5), 0.3))
+    assert torch.equal(tensors["hidden1.weight"].detach(), torch.full((8, 5), 0.3))
 
 
 def test_parameters_of_another_model_are_refused_where_they_would_not_be_rounded():
@@ -227,18 +229,18 @@ def test_parameters_of_another_model_are_refused_where_they_would_not_be_rounded
 def test_the_transforms_of_torch_func():
     model = rounded(small("mlp"), *AROUND, rounding="nearest")
     x, y = batch("mlp")
-    own = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach() for name, p in model.named_parameters()}
 
-    def loss(own: dict, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(functional_call(model, own, (x[None],)), y[None])
+    def loss(weights: dict, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(functional_call(model, weights, (x[None],)), y[None])
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(own, x, y)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
     for row in range(len(x)):
         model.zero_grad()
         F.cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(each[name][row], p.grad, rtol=1e-5, atol=1e-7)
-            assert torch.equal(torch.func.grad(loss)(own, x[row], y[row])[name], p.grad)
+            assert torch.equal(torch.func.grad(loss)(weights, x[row], y[row])[name], p.grad)
 
 
 # Tied, frozen, added

@@ -256,8 +256,8 @@ def test_values_so_small_that_two_words_do_not_decide(zeros):
         slow = eager._round_block(
             x.view(torch.int32), eager._SINGLE, fmt, Rounding.STOCHASTIC, Overflow.SATURATE, key, index
         )
-        known, quick = fused._known(fmt, Rounding.STOCHASTIC), torch.empty(1)
-        fused._flat(known, False, x, quick, key, index)
+        stored, quick = fused._stored(fmt, Rounding.STOCHASTIC), torch.empty(1)
+        fused._flat(stored, False, x, quick, key, index)
         assert same(slow, quick)
         ups += int(slow > 0)
     further = zeros - 32

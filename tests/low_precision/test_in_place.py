@@ -14,6 +14,8 @@ from low_precision.rounding import Rounding
 from low_precision.rules import ALL_SITES, Rule
 from low_precision.scheme import Quantizer, Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NOISY = dict.fromkeys(ALL_SITES, Rule(NAMED["float8"], Rounding.STOCHASTIC))
 ERRORS = {"errors": NOISY["errors"]}
 ENGINES = pytest.mark.parametrize("backend", ["eager", "fused"])
@@ -64,14 +66,14 @@ def trained(name: str, backend: str, layout: torch.memory_format) -> list[torch.
     model.to(memory_format=layout)
     optimizer = low.attach(torch.optim.SGD(model.parameters(), 0.1, 0.9), 64.0)
     x = batch(name).to(memory_format=layout).requires_grad_()
-    found = []
+    met = []
     for passes in (1, 2):
         optimizer.zero_grad()
         x.grad = None
         low.scale(sum(model(x).square().mean() for _ in range(passes))).backward()
         optimizer.step()
-        found += [x.grad.clone(), *(p.detach().clone() for p in model.parameters())]
-    return found
+        met += [x.grad.clone(), *(p.detach().clone() for p in model.parameters())]
+    return met
 
 
 def out_of_place(monkeypatch) -> None:
@@ -82,36 +84,36 @@ def out_of_place(monkeypatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_bits_as_out_of_place(name, backend, monkeypatch):
     layouts = [torch.contiguous_format] + [torch.channels_last] * (len(MODELS[name][1]) == 3)
-    found = [trained(name, backend, layout) for layout in layouts]
+    expected = [trained(name, backend, layout) for layout in layouts]
     out_of_place(monkeypatch)
-    assert all(equal_bits(trained(name, backend, layout), those) for layout, those in zip(layouts, found, strict=True))
+    assert all(equal_bits(trained(name, backend, layout), bits) for layout, bits in zip(layouts, expected, strict=True))
 
 
 def watched_roundings(model: nn.Module, x: torch.Tensor, monkeypatch) -> list[bool]:
     """Of each rounding of a step, whether it was done in place."""
-    found = []
+    in_place = []
     call = Quantizer.__call__
 
-    def watched(quantizer, x, *given, out=None, **named):
-        found.append(out is x)
-        return call(quantizer, x, *given, out=out, **named)
+    def watched(quantizer, x, *arguments, out=None, **named):
+        in_place.append(out is x)
+        return call(quantizer, x, *arguments, out=out, **named)
 
     monkeypatch.setattr(Quantizer, "__call__", watched)
     model(x).sum().backward()
-    return found
+    return in_place
 
 
 def test_it_is_done_in_place(monkeypatch):
     model, _ = made("resnet20", rules=ERRORS)
-    found = watched_roundings(model, batch("resnet20"), monkeypatch)
-    assert (len(found), sum(found)) == (22 + 21, 21)  # of outputs, and of inputs but the images
+    in_place = watched_roundings(model, batch("resnet20"), monkeypatch)
+    assert (len(in_place), sum(in_place)) == (22 + 21, 21)  # of outputs, and of inputs but the images
 
 
 class OtherLinear(nn.Linear):
     pass
 
 
-def nothing(*given) -> None:
+def nothing(*arguments) -> None:
     pass
 
 
@@ -133,11 +135,11 @@ def test_not_where_somebody_may_see_it(seen, monkeypatch):
     LowPrecision(model, Scheme(ERRORS, seed=5))
     handle = SEEN[seen](layer)
     try:
-        found = watched_roundings(model, torch.ones(2, 3, requires_grad=True), monkeypatch)
+        in_place = watched_roundings(model, torch.ones(2, 3, requires_grad=True), monkeypatch)
     finally:
         if handle:
             handle.remove()
-    assert found == [False, False]
+    assert in_place == [False, False]
 
 
 @ENGINES
@@ -158,7 +160,7 @@ def test_a_loss_on_what_a_layer_reads(backend):
 
 @ENGINES
 def test_gradients_of_gradients(backend, monkeypatch):
-    found = []
+    met = []
     for in_place in (True, False):
         if not in_place:
             out_of_place(monkeypatch)
@@ -166,6 +168,6 @@ def test_gradients_of_gradients(backend, monkeypatch):
         x = batch("twice").requires_grad_()
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         gradient.square().sum().backward()
-        found.append([x.grad, *(p.grad for p in model.parameters())])
-        assert found[-1][0].abs().sum() > 0
-    assert equal_bits(*found)
+        met.append([x.grad, *(p.grad for p in model.parameters())])
+        assert met[-1][0].abs().sum() > 0
+    assert equal_bits(*met)

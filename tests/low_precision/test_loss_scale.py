@@ -26,6 +26,8 @@ from low_precision.model import LowPrecision
 from low_precision.rules import ALL_SITES
 from low_precision.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAN, INFINITY = float("nan"), float("inf")
 
 

@@ -16,6 +16,8 @@ from low_precision.rounding import Overflow
 from low_precision.rules import ALL_SITES
 from low_precision.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_a_deep_copy_is_rounded_and_independent():
     model = small("mlp")

@@ -33,6 +33,8 @@ from low_precision.optimizer import EXTRA_STATE
 from low_precision.rules import ALL_SITES
 from low_precision.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAN, INFINITY = float("nan"), float("inf")
 # Wide enough that Adam's second moments do not become zero.
 FINE = dict.fromkeys(("weights", "gradients", "momentum"), rule("e8m5"))

@@ -15,6 +15,8 @@ from low_precision.rules import ALL_SITES
 from low_precision.scheme import Scheme
 from low_precision.tensor import Round
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A format of its own for each site: a rounding at the wrong place shows.
 DISTINCT = {
     "weights": "float8_e4m3fn",
@@ -30,39 +32,39 @@ DISTINCT = {
 def by_hand(model: nn.Sequential, formats: dict[str, Format], kind: str, steps: int, lr, momentum, decay):
     """Trains as the table of sites says, every rounding written out -> the weights and the momentum."""
 
-    def at(site: str, x: torch.Tensor) -> torch.Tensor:
+    def rounded_at(site: str, x: torch.Tensor) -> torch.Tensor:
         return nearest(x, formats[site]) if site in formats else x.detach().clone()
 
     layers = list(model)
     state = {}  # (layer, name) -> (weight, master copy, momentum)
     for i, layer in enumerate(layers):
         for name, p in layer.named_parameters():
-            master = at("accumulator", p)
-            state[i, name] = (at("weights", master), master, None)
+            master = rounded_at("accumulator", p)
+            state[i, name] = (rounded_at("weights", master), master, None)
     for step in range(steps):
         x, y = batch(kind, step)
         tape = []  # what the way back needs of each layer
         for i, layer in enumerate(layers):
-            own = {name: state[i, name][0].clone().requires_grad_() for name, _ in layer.named_parameters()}
-            read = (at("inputs", x) if own else x.detach().clone()).requires_grad_()
-            out = torch.func.functional_call(layer, own, (read,))
-            tape.append((i, own, read, out))
-            x = at("activations", out) if own else out.detach()
+            of_layer = {name: state[i, name][0].clone().requires_grad_() for name, _ in layer.named_parameters()}
+            read = (rounded_at("inputs", x) if of_layer else x.detach().clone()).requires_grad_()
+            out = torch.func.functional_call(layer, of_layer, (read,))
+            tape.append((i, of_layer, read, out))
+            x = rounded_at("activations", out) if of_layer else out.detach()
         x.requires_grad_()
         (error,) = torch.autograd.grad(F.cross_entropy(x, y), x)
         gradients = {}
-        for i, own, read, out in reversed(tape):
-            error = at("errors", error) if own else error
-            error, *found = torch.autograd.grad(out, [read, *own.values()], error)
-            error = at("errors", error) if own else error
-            gradients |= {(i, name): gradient for name, gradient in zip(own, found, strict=True)}
+        for i, of_layer, read, out in reversed(tape):
+            error = rounded_at("errors", error) if of_layer else error
+            error, *of_weights = torch.autograd.grad(out, [read, *of_layer.values()], error)
+            error = rounded_at("errors", error) if of_layer else error
+            gradients |= {(i, name): gradient for name, gradient in zip(of_layer, of_weights, strict=True)}
         for place, gradient in gradients.items():
             weight, master, buffer = state[place]
             value = master if "accumulator" in formats else weight
-            gradient = at("gradients", gradient).add(value, alpha=decay)
+            gradient = rounded_at("gradients", gradient).add(value, alpha=decay)
             buffer = gradient if buffer is None else (buffer * momentum).add(gradient)
-            master = at("accumulator", value.add(buffer, alpha=-lr))
-            state[place] = (at("weights", master), master, at("momentum", buffer))
+            master = rounded_at("accumulator", value.add(buffer, alpha=-lr))
+            state[place] = (rounded_at("weights", master), master, rounded_at("momentum", buffer))
     return [weight for weight, _, _ in state.values()], [buffer for _, _, buffer in state.values()]
 
 
@@ -170,7 +172,9 @@ def test_outputs_are_rounded_in_place_where_nobody_has_seen_them(name, sites, mo
     """With a hook before ours, a layer's output is rounded into a new tensor: the same bits."""
     trained, places, made = [], [], []
     forward = Round.forward
-    monkeypatch.setattr(Round, "forward", staticmethod(lambda *given: made.append(given) or forward(*given)))
+    monkeypatch.setattr(
+        Round, "forward", staticmethod(lambda *arguments: made.append(arguments) or forward(*arguments))
+    )
     for hooked in (False, True):
         model = small(name)
         seen = []
@@ -196,9 +200,9 @@ def test_outputs_are_rounded_in_place_where_nobody_has_seen_them(name, sites, mo
 
 
 def test_a_site_in_float32_is_not_rounded():
-    given = rules(SITES, "float32", "stochastic")
+    scheme = rules(SITES, "float32", "stochastic")
     model, plain = small("mlp"), small("mlp")
-    low = LowPrecision(model, Scheme(given))
+    low = LowPrecision(model, Scheme(scheme))
     train(model, low.attach(torch.optim.SGD(model.parameters(), 0.1, 0.9)), range(3))
     train(plain, torch.optim.SGD(plain.parameters(), 0.1, 0.9), range(3))
     assert equal(parameters(model), parameters(plain))
@@ -316,13 +320,13 @@ def test_streams_of_steps_tensors_sites_and_calls_differ():
     low = LowPrecision(model, Scheme(scheme, seed=3))
     for layer in (0, 1):
         for call in (0, 1):
-            given = x.clone().requires_grad_()
+            leaf = x.clone().requires_grad_()
             out = []
             hook = model[layer].register_forward_hook(lambda layer, read, y, out=out: out.append(read[0].detach()))
-            y = model[layer](given)
+            y = model[layer](leaf)
             hook.remove()
             y.backward(x)
-            met[layer, call, "input"], met[layer, call, "error"] = out[0], given.grad
+            met[layer, call, "input"], met[layer, call, "error"] = out[0], leaf.grad
     quantizer = Scheme(scheme, seed=3).quantizer("activations", "0", low.clock)
     met["activation"] = quantizer(x)
     met["call"] = quantizer(x, 1)

@@ -12,6 +12,8 @@ from training_helpers import AROUND, FLOAT8, batch, equal_bits, everything, hold
 from low_precision import torch_private
 from low_precision.scheme import Quantizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # By getattr, so that a test can hide them; "_LAYER_BACKWARDS" are names of classes of autograd's.
 NAMES = [
     *("_are_functorch_transforms_active", "_global_forward_hooks", "_global_backward_hooks", "_forward_hooks"),
@@ -59,18 +61,18 @@ def test_every_private_name_is_hidden_above():
 @pytest.mark.parametrize("name", ["_forward_hooks", "_backward_hooks", "_global_forward_hooks"])
 def test_where_hooks_cannot_be_seen_nothing_is_rounded_in_place(name, monkeypatch):
     def in_place() -> int:
-        found = []
+        rounded_in_place = []
         model = rounded(small(), *AROUND)
         call = Quantizer.__call__
 
         def watched(quantizer, x, *arguments, out=None, **named):
-            found.append(out is not None)
+            rounded_in_place.append(out is not None)
             return call(quantizer, x, *arguments, out=out, **named)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Quantizer, "__call__", watched)
             model(batch()[0]).sum().backward()
-        return sum(found)
+        return sum(rounded_in_place)
 
     assert in_place() == 5  # three outputs, and the errors of two inputs
     hide(monkeypatch, name)
@@ -91,17 +93,16 @@ def test_writes_are_seen_where_torch_does_not_count_them(monkeypatch):
     train(model, optimizer, range(2))
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_without_disable_dynamo(hidden):
+@pytest.mark.slow
+def test_without_disable_dynamo():
     """It is asked for when the library is imported: so in a process of its own. Compiled or not, the same bits."""
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 from low_precision import torch_private
-if {hidden}:  # from us: torch's compiler itself needs it
-    ask, lost = getattr, "_disable_dynamo"
-    torch_private.getattr = lambda thing, name, default: None if name == lost else ask(thing, name, default)
+ask, lost = getattr, "_disable_dynamo"  # hidden from us alone: torch's compiler needs it
+torch_private.getattr = lambda thing, name, default: None if name == lost else ask(thing, name, default)
 from training_helpers import equal, everything, parameters, train
 met = []
 for compiled in (False, True):

@@ -35,6 +35,8 @@ from low_precision.scheme import Scheme
 from low_precision.tensor import quantize
 from low_precision.wrap import quantize_model, quantize_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The two calls
 
 
@@ -118,10 +120,10 @@ def test_bad_arguments_are_named():
     theirs = quantize_optimizer(optimizer(model), model)
     with pytest.raises(ValueError, match="rounds already"):
         quantize_optimizer(theirs, model, gradients="float8")
-    own = nn.Linear(2, 2)
-    own.low_precision = True
+    other = nn.Linear(2, 2)
+    other.low_precision = True
     with pytest.raises(ValueError, match="low_precision of its own"):
-        quantize_model(own, weights="float8")
+        quantize_model(other, weights="float8")
 
 
 def test_the_example_runs_anywhere_and_shows_what_it_says(tmp_path):
@@ -140,16 +142,16 @@ def test_the_example_runs_anywhere_and_shows_what_it_says(tmp_path):
 
 def test_the_gradient_is_rounded_by_the_backward_format():
     x = torch.tensor([0.3, 5.0], requires_grad=True)
-    given = torch.tensor([1.1, 3.4])
+    gradient = torch.tensor([1.1, 3.4])
     y = quantize(x, "float16", backward="e4m1")
-    y.backward(given)
+    y.backward(gradient)
     assert torch.equal(y.detach(), nearest(x, FLOAT16))
     assert torch.equal(x.grad, torch.tensor([1.0, 3.0]))
     x.grad = None
-    quantize(x, "float32", "up", backward="e4m1").backward(given)  # by the same rounding, where it names none
+    quantize(x, "float32", "up", backward="e4m1").backward(gradient)  # by the same rounding, where it names none
     assert torch.equal(x.grad, torch.tensor([1.5, 4.0]))
     x.grad = None
-    quantize(x, "float8", "up", backward="e4m1:nearest").backward(given)
+    quantize(x, "float8", "up", backward="e4m1:nearest").backward(gradient)
     assert torch.equal(x.grad, torch.tensor([1.0, 3.0]))
 
 
@@ -219,7 +221,7 @@ def test_a_model_rounded_in_inference_mode_trains():
 # torch.compile
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("what", "kind"),
     [("model", "mlp"), ("model", "cnn"), ("in place", "mlp"), ("whole step", "mlp"), ("before", "mlp")],

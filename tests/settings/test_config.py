@@ -204,9 +204,9 @@ def test_a_site_of_its_own_wins_over_quantize_and_precision():
     assert rules(site="weights=float8") == {"weights": "float8:nearest"}  # in float32 otherwise
     assert rules(site="weights=float8", rounding="up") == {"weights": "float8:up"}
     assert rules(precision="float8", quantize="none", site="errors=half:stochastic") == {"errors": "fp16:stochastic"}
-    found = rules(precision="float8", site=("weights=e3m4:down", "inputs=float32"))
+    made = rules(precision="float8", site=("weights=e3m4:down", "inputs=float32"))
     others = ("activations", "errors", "gradients", "momentum")
-    assert found == {"weights": "e3m4:down"} | dict.fromkeys(others, "float8:nearest")
+    assert made == {"weights": "e3m4:down"} | dict.fromkeys(others, "float8:nearest")
 
 
 def test_an_accumulator_in_float32_is_an_accumulator():

@@ -75,9 +75,9 @@ def test_scaled_on_the_training_rows_these_have_mean_0_and_deviation_1(name):
 @pytest.mark.parametrize("scale_on", ["train", "all"])
 def test_target_deviation_leads_back_to_the_sets_own_units(name, scale_on):
     split = load(name, scale_on=scale_on)
-    own = DATASETS[name].rows()[1]
+    targets = DATASETS[name].rows()[1]
     scaled = torch.cat([split.train_y, split.test_y]).double() * split.target_deviation
-    assert float(scaled.max() - scaled.min()) == pytest.approx(own.max() - own.min(), rel=1e-6)
+    assert float(scaled.max() - scaled.min()) == pytest.approx(targets.max() - targets.min(), rel=1e-6)
 
 
 def test_toy_is_the_line():

@@ -69,9 +69,9 @@ def test_resnet20_is_preactivated():
         y = nn.functional.batch_norm(y, None, None, block.bn2.weight, block.bn2.bias, training=True)
         y = nn.functional.conv2d(y.clamp(min=0), block.conv2.weight, padding=1)
         around = x if stride == 1 else nn.functional.conv2d(x, block.shortcut.weight, stride=2)
-        given = block(x)
-        torch.testing.assert_close(given, around + y)
-        assert (given < 0).any()
+        output = block(x)
+        torch.testing.assert_close(output, around + y)
+        assert (output < 0).any()
 
 
 def test_resnet20_shrinks_where_its_comments_say():

@@ -91,10 +91,10 @@ def test_an_infinity_stays_where_the_format_has_one(capsys):
 )
 def test_wrong_words_are_one_line(capsys, words, said):
     assert quant.main(words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"quant.py: error: {said}")
-    assert len(told.err.splitlines()) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"quant.py: error: {said}")
+    assert len(shown.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [[], ["float8"], ["float8", "1", "--kye", "3"], ["float8", "1", "--k", "3"]])

@@ -21,11 +21,11 @@ def configs(*argv) -> list[Config]:
 
 
 def test_every_combination_that_means_something_is_one_run():
-    found = configs("--precision", "float8,float32", "--rounding", "nearest,stochastic", "--seed", "0:3", "--epochs", 7)
-    assert len(found) == 9  # float32 has no rounding
-    assert {c.seed for c in found} == {0, 1, 2}
-    assert {c.epochs for c in found} == {7}
-    assert len({c.folder_name for c in found}) == 9
+    runs = configs("--precision", "float8,float32", "--rounding", "nearest,stochastic", "--seed", "0:3", "--epochs", 7)
+    assert len(runs) == 9  # float32 has no rounding
+    assert {c.seed for c in runs} == {0, 1, 2}
+    assert {c.epochs for c in runs} == {7}
+    assert len({c.folder_name for c in runs}) == 9
     assert configs() == [Config(wandb="disabled").resolved()]
 
 
@@ -62,9 +62,9 @@ parameters:
   seed: {values: [1, 2]}
 """
     )
-    found = configs(file)
-    assert len(found) == 8
-    assert {c.dataset for c in found} == {"boston"}
+    runs = configs(file)
+    assert len(runs) == 8
+    assert {c.dataset for c in runs} == {"boston"}
     assert {c.seed for c in configs(file, "--seed", 7)} == {7}
 
 
@@ -93,9 +93,9 @@ def test_the_file_that_comes_along_is_what_both_take():
 def test_what_is_wrong_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sweep.main(arguments) == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert len(told.err.splitlines()) == 1
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,12 +127,12 @@ def test_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch, c
     monkeypatch.setattr(sweep, "LINE_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     assert sweep.main(["--seed", "0:2", "--jobs", "1", "--epochs", "300"]) == 0
-    told = capsys.readouterr()
-    lines = told.err.splitlines()
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
     assert "0 of 2 runs" in lines
     assert set(lines) <= {f"{done} of 2 runs" for done in range(3)}
     assert lines == sorted(lines)
-    assert told.out.startswith("2 runs: 2 complete, 0 diverged, 0 failed")
+    assert said.out.startswith("2 runs: 2 complete, 0 diverged, 0 failed")
 
 
 FLAGS = ["--dataset", "boston", "--epochs", 3, "--precision", "float8,float32", "--rounding", "nearest,stochastic"]
@@ -163,11 +163,12 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     arguments = ["--dataset", "toy,cifar10", "--data-dir", tmp_path, "--seed", "1,2", "--jobs", 1, "--epochs", 1]
     assert sweep.main(list(map(str, arguments))) == 1
-    told = capsys.readouterr()
-    assert "4 runs: 2 complete, 0 diverged, 2 failed" in told.out
-    assert told.err.count("failed: cifar10-float32-1") == 1
+    said = capsys.readouterr()
+    assert "4 runs: 2 complete, 0 diverged, 2 failed" in said.out
+    assert said.err.count("failed: cifar10-float32-1") == 1
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """SIGKILL once the first record is there: the records of an undisturbed sweep, and nothing else."""
     command = [sys.executable, ROOT / "sweep.py", *FLAGS, "--seed", "0:8", "--jobs", 2, "--output-dir"]
@@ -208,7 +209,7 @@ def test_a_process_that_is_killed_ends_the_sweep_in_one_line(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(0.05)
     subprocess.run(["pkill", "-KILL", "-P", str(running.pid), "-f", "loky.backend.popen_loky"], check=True)
-    _, told = running.communicate()
+    _, said = running.communicate()
     assert running.returncode == 1
-    assert [line for line in told.splitlines() if "goes on" in line]
-    assert "Traceback" not in told
+    assert [line for line in said.splitlines() if "goes on" in line]
+    assert "Traceback" not in said

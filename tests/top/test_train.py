@@ -60,10 +60,10 @@ def test_published_stochastic_results_lie_in_the_spread(cli, dataset, precision,
     arguments = experiment(dataset, "--recipe", "published", "--precision", precision, "--rounding", "stochastic")
     runs = [cli(*arguments, "--rounding-seed", seed).summary for seed in range(20)]
     for name, published in (("training_mse", training), ("testing_mse", testing * TEST_ROWS[dataset])):
-        found = [run[name] for run in runs]
-        half = (max(found) - min(found)) / 2
+        ours = [run[name] for run in runs]
+        half = (max(ours) - min(ours)) / 2
         assert half > 0
-        assert min(found) - half <= published <= max(found) + half
+        assert min(ours) - half <= published <= max(ours) + half
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_boston_stands_still_after_epoch_5(cli):
 @pytest.mark.parametrize(("dataset", "stalled", "float32"), [("boston", 1.006, 0.430), ("toy", 0.924, 0.254)])
 def test_stochastic_rounding_gets_there(cli, dataset, stalled, float32):
     arguments = experiment(dataset, "--precision", "float8", "--rounding", "stochastic")
-    found = [cli(*arguments, "--rounding-seed", seed).summary["testing_mse"] for seed in range(15)]
+    errors = [cli(*arguments, "--rounding-seed", seed).summary["testing_mse"] for seed in range(15)]
     # Were half of the runs no better than this, then 12 of 15 would be in 1 case of 57.
-    assert sum(mse < (stalled + float32) / 2 for mse in found) >= 12
-    assert statistics.median(found) < (stalled + float32) / 2
+    assert sum(mse < (stalled + float32) / 2 for mse in errors) >= 12
+    assert statistics.median(errors) < (stalled + float32) / 2
 
 
 # Against plain PyTorch
@@ -293,14 +293,14 @@ def test_the_rounding_does_not_change_the_initial_weights(cli):
 
 def test_rounding_does_not_depend_on_the_number_of_threads():
     x = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
-    threads, found = torch.get_num_threads(), []
+    threads, rounded = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append([quantize(x, "float8", rounding, key=3) for rounding in Rounding])
+            rounded.append([quantize(x, "float8", rounding, key=3) for rounding in Rounding])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a, b) for other in rounded[1:] for a, b in zip(rounded[0], other, strict=True))
 
 
 # What is rounded
