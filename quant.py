@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from low_precision import quantize, quantize_model, quantize_optimizer
+from low_precision.clock import BatchPart
 from low_precision.errors import SettingError, shown
 from low_precision.formats import BlockFormat
 from low_precision.loss_scale import LossScale
@@ -41,7 +42,7 @@ class RunRounding:
 
     def at(self, first_row: int, rows: int) -> None:
         """The next batch is these rows of the whole one, so that noise does not depend on the number of processes."""
-        self._low.part.rows, self._low.part.rows_before = rows, first_row
+        self._low.clock.part = BatchPart(rows, first_row)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward() on."""
@@ -68,8 +69,9 @@ def round_run(
         low = LowPrecision(model, scheme, config.layers)
     except SettingError as error:
         raise ConfigError.of(error) from None
-    low.overflow.over_processes = over_processes
-    return RunRounding(low, low.attach(optimizer, config.loss_scale))
+    optimizer = low.attach(optimizer, config.loss_scale)
+    low.loss_scale.overflow.over_processes = over_processes
+    return RunRounding(low, optimizer)
 
 
 def table(spec: str, numbers: Sequence[float], key: int = 0) -> str:

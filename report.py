@@ -3,7 +3,8 @@
 Runs that differ in their seeds alone are one setting. A table has a line for each setting: the median over its runs,
 and the 5th to the 95th percentile; and the difference to float32 in pairs of runs of the same seed: its mean with the
 95 % confidence interval (bootstrap of the pairs), and its median. A figure has a row for each setting, where its runs
-end, and the curves of those that differ. A diverged run has no last value: it is counted, and left out.
+end, and the curves of those that differ. A diverged run has no last value: it is counted, and left out. Where runs of
+one table were made by different code, a line on stderr says so, and how many by each (`code` in their summary.json).
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _table_of(paths: Sequence[Path], asked: Asked) -> str:
 
 
 def _runs(paths: Sequence[Path]) -> list[Run]:
-    """What the paths hold; a line on stderr counts the runs that are left out."""
+    """What the paths hold; lines on stderr count the runs that are left out, and those that different code made."""
     if not paths:
         raise ConfigError("paths", "none", "record folders, folders of them, or CSV files of --save")
     read = records.read(paths)
@@ -147,6 +148,10 @@ def _runs(paths: Sequence[Path]) -> list[Run]:
         raise ValueError(f"{', '.join(map(str, paths))}: no record of a run that ended there, nor a CSV file{others}")
     if read.left_out:
         print(_left_out(read.left_out), file=sys.stderr)
+    codes = Counter(f"by {run.code}" if run.code else "without a fingerprint" for run in read.runs)
+    if len(codes) > 1:
+        counts = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+        print(f"these runs were made by different code: {counts}", file=sys.stderr)
     return read.runs
 
 

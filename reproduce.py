@@ -1,7 +1,7 @@
 """Every figure and table of README from its commands: `python reproduce.py boston`, or `python reproduce.py all`.
 
 Without a section it lists them, with the time that each took on two cores and the commands that it runs. Records go to
-runs/, and what is complete there is not run again; results/, images/ and the pages' tables are then made anew.
+runs/, and what this code completed there is not run again; results/, images/ and the pages' tables are then made anew.
 """
 
 from __future__ import annotations

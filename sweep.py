@@ -1,7 +1,8 @@
 """A grid of runs, in parallel: `python sweep.py --dataset boston --precision float8,float32 --seed 0:100 --epochs 30`.
 
 Each flag of main.py takes several values, and each combination of them is a run. A run that is complete is not run
-again: the same command goes on where a sweep was stopped, killed or lost its machine.
+again: the same command goes on where a sweep was stopped, killed or lost its machine. What other code made (another
+model, data set, loop or library; comments do not count) is trained anew and replaced, unless --keep is given.
 
 On a cluster, the checkout and the records must lie in a file system that all its machines share.
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from lab.console import command, say
-from lab.record import CHECKPOINTS, REPLACING, status, unfinished
+from lab.fingerprint import fingerprint
+from lab.record import CHECKPOINTS, REPLACING, summary_of, unfinished
 from low_precision.errors import nearest, shown
 from settings.config import Config, ConfigError, flag, refused
 from settings.flags import TABLES, flags_of, parser
@@ -42,13 +44,14 @@ def grid(argv: Sequence[str]) -> tuple[list[Config], argparse.Namespace]:
     flags.prog, flags.description, flags.epilog = "sweep.py", __doc__, None
     flags.add_argument("file", nargs="?", help="a YAML file in the form of wandb's sweeps; flags win over it")
     flags.add_argument("--jobs", default="-1", help="runs at a time [default: one for each core]")
+    flags.add_argument("--keep", action="store_true", help="keep the records that other code made, and go on with them")
     flags.add_argument("--cluster", help="ray: on a Ray cluster [default: processes of this machine]")
     settings = flags.values(argv)
     for name in ("resume", *TABLES):
         if settings.pop(name, None):
             raise ConfigError(flag(name), "it", "with main.py alone")
     sweep = argparse.Namespace(jobs=_jobs(settings.pop("jobs")), cluster=settings.pop("cluster", None))
-    sweep.debug = settings.pop("debug", False)
+    sweep.debug, sweep.keep = settings.pop("debug", False), settings.pop("keep", False)
     if sweep.cluster not in (None, *CLUSTERS):
         raise refused("cluster", sweep.cluster, ", ".join(CLUSTERS), nearest(sweep.cluster, CLUSTERS))
     file = settings.pop("file", None)
@@ -111,26 +114,33 @@ def _from_file(path: Path) -> dict[str, list[Any]]:
     return choices
 
 
-def run_one(settings: dict[str, Any], started_by: str, place: str, imports: list[str]) -> tuple[str, str | None]:
-    """One run, in a process of the pool -> its name, and what went wrong.
+def run_one(
+    settings: dict[str, Any], started_by: str, place: str, imports: list[str], keep: bool
+) -> tuple[str, str | None, bool]:
+    """One run, in a process of the pool -> its name, what went wrong, and whether other code had begun it.
 
     place, imports: the sweep's own folder and sys.path, as a cluster's processes may have been started elsewhere.
+    keep: go on with an unfinished record that other code began, instead of beginning anew.
     """
     sys.path += [path for path in imports if path not in sys.path]
     os.chdir(place)
     import torch
 
     import train
+    from lab.checkpoint import code_of
 
     torch.set_num_threads(1)  # a process has a core of its own
-    config = Config.make(**settings)
+    config, wrong, other_code = Config.make(**settings), None, False
     try:
-        folders = [folder for folder, _ in unfinished(config.output_dir, config.folder_name)]
-        resume = next((folder for folder in folders if any((folder / c).exists() for c in CHECKPOINTS)), None)
+        begun = [folder for folder, _ in unfinished(config.output_dir, config.folder_name)]
+        begun = [folder for folder in begun if any((folder / name).exists() for name in CHECKPOINTS)]
+        by_this_code = [folder for folder in begun if code_of(folder) == fingerprint()]
+        other_code = bool(begun and not by_this_code)
+        resume = next(iter(by_this_code or (begun if keep else [])), None)
         train.run(config, started_by, resume, quiet=True)
     except Exception as error:
-        return config.folder_name, " ".join(str(error).split()) or type(error).__name__
-    return config.folder_name, None
+        wrong = " ".join(str(error).split()) or type(error).__name__
+    return config.folder_name, wrong, other_code
 
 
 @contextmanager
@@ -156,14 +166,34 @@ def backend(cluster: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def run(configs: Iterable[Config], jobs: int, cluster: str | None = None) -> dict[str, str]:
-    """Runs what is not complete, `jobs` at a time -> what went wrong, by the run's name."""
+def to_train(configs: Sequence[Config], keep: bool) -> list[Config]:
+    """The runs without a record that ended by itself, made by this code or kept. Says how many other code made."""
+    todo, others, without = [], 0, 0
+    for config in configs:
+        summary = summary_of(Path(config.output_dir) / config.folder_name)
+        finished = summary.get("status") in REPLACING
+        other = finished and summary.get("code") != fingerprint()
+        others, without = others + other, without + (other and "code" not in summary)
+        if not finished or (other and not keep):
+            todo.append(config)
+    if others:
+        note = f" ({without} of them by a version that recorded no fingerprint of it)" if without else ""
+        what = "they are kept" if keep else "they are trained anew; --keep keeps them"
+        say(f"{others} of {len(configs)} runs were made by other code{note}: {what}")
+    return todo
+
+
+def run(configs: Iterable[Config], jobs: int, cluster: str | None = None, keep: bool = False) -> dict[str, str]:
+    """Runs what is not complete, `jobs` at a time -> what went wrong, by the run's name.
+
+    keep: what other code made counts as well.
+    """
     from joblib import Parallel, delayed
     from tqdm import tqdm
 
-    todo = [c for c in configs if status(Path(c.output_dir) / c.folder_name) not in REPLACING]
+    todo = to_train(list(configs), keep)
     tasks = (
-        delayed(run_one)(asdict(config), command("main.py", *flags_of(config)), os.getcwd(), sys.path)
+        delayed(run_one)(asdict(config), command("main.py", *flags_of(config)), os.getcwd(), sys.path, keep)
         for config in todo
     )
     bar = tqdm(total=len(todo), unit="run", desc="sweep", disable=None)
@@ -178,7 +208,10 @@ def run(configs: Iterable[Config], jobs: int, cluster: str | None = None) -> dic
         parallel = Counted(n_jobs=jobs)
         with _lines(lambda: f"{parallel.n_completed_tasks} of {len(todo)} runs", bar.disable):
             results = parallel(tasks)
-    return {name: wrong for name, wrong in results if wrong}
+    if begun := sum(other_code for _, _, other_code in results):
+        what = "of other code went on with this code" if keep else "without a checkpoint of this code began anew"
+        say(f"{begun} unfinished runs {what}")
+    return {name: wrong for name, wrong, _ in results if wrong}
 
 
 @contextmanager
@@ -206,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     started = time.monotonic()
     try:
-        failures = run(configs, sweep.jobs, sweep.cluster)
+        failures = run(configs, sweep.jobs, sweep.cluster, sweep.keep)
     except ConfigError as error:
         say(f"sweep.py: error: {error}")
         return 2
@@ -218,12 +251,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted: the same command goes on")
         return 128 + signal.SIGINT
+    ended = _say_how_it_ended(configs, failures, sweep.keep)
+    print(f"{len(configs)} runs: {ended}; {time.monotonic() - started:.1f} s")
+    return 1 if failures else 0
+
+
+def _say_how_it_ended(configs: Sequence[Config], failures: dict[str, str], keep: bool) -> str:
+    """Says what somebody should know of some of the runs -> how many ended in which way."""
     for name, wrong in failures.items():
         say(f"failed: {name}: {wrong}")
-    statuses = [status(Path(c.output_dir) / c.folder_name) for c in configs]
-    counts = ", ".join(f"{statuses.count(ended)} {ended}" for ended in REPLACING)
-    print(f"{len(configs)} runs: {counts}, {len(failures)} failed; {time.monotonic() - started:.1f} s")
-    return 1 if failures else 0
+    summaries = {c.folder_name: summary_of(Path(c.output_dir) / c.folder_name) for c in configs}
+    if not keep:
+        made = [summary.get("code") for name, summary in summaries.items() if name not in failures]
+        if changed := sum(code not in (None, fingerprint()) for code in made):
+            say(f"the code changed meanwhile: {changed} runs are of other code; the same command trains them anew")
+    if remarks := [(name, text) for name, summary in summaries.items() for text in summary.get("remarks", [])[:1]]:
+        say(f"{len(remarks)} of {len(configs)} runs have remarks in their summary.json, as {': '.join(remarks[0])}")
+    statuses = [summary.get("status") for summary in summaries.values()]
+    return ", ".join([*(f"{statuses.count(ended)} {ended}" for ended in REPLACING), f"{len(failures)} failed"])
 
 
 if __name__ == "__main__":

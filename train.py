@@ -17,6 +17,7 @@ from lab import optimizers
 from lab.average import Average
 from lab.batches import Batch, Batches
 from lab.environment import device_of
+from lab.fingerprint import fingerprint
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
 from lab.processes import Processes
 from lab.session import Result, Session
@@ -35,7 +36,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
     loading, training or writing raises; before that, what was recorded is closed with the status "failed" or
     "interrupted", and the exception carries a lab.resume.RunEnded, which says where it lies and how to go on.
     """
-    started, config = time.monotonic(), config.resolved()
+    started, config, code = time.monotonic(), config.resolved(), fingerprint()
     with Processes(device_of(config.device)) as processes:
         spec = DATASETS[config.dataset]
         task, layout, device = TASKS[spec.task], spec.layout, processes.device
@@ -49,7 +50,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
         batches = Batches(config, split, processes)
         schedule = optimizers.schedule(config, optimizer, config.epochs * batches.steps)
         average = Average(config, make_model().to(memory_format=layout)) if config.average_last else None
-        state = State(config, model, optimizer, schedule, TrainMetrics(task), Losses(device), average, command)
+        state = State(config, model, optimizer, schedule, TrainMetrics(task), Losses(device), average, command, code)
         session = Session(state, rounding, processes, batches.steps, resume, quiet or not processes.first, started)
         whole_model = processes.wrap(model)
 

@@ -22,7 +22,7 @@ from typing import Any
 from lab.record import REPLACING, status, write_whole
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
-from low_precision.rules import ADDED_SITES, ALL_SITES, Rule
+from low_precision.rules import ALL_SITES, Rule
 from settings.config import INDECISIVE, Config, flag
 from settings.flags import config_of, flags_of
 
@@ -40,12 +40,16 @@ UNROUNDED = Rule(FLOAT32, Rounding.NEAREST)
 
 @dataclass(frozen=True)
 class Run:
-    """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None."""
+    """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None.
+
+    code: the fingerprint of the code that made it; None of an earlier version, and of CSV files, which have none.
+    """
 
     config: Config
     status: str
     seconds: float
     history: list[dict[str, float | None]]
+    code: str | None = None
 
     @property
     def seed(self) -> int:
@@ -122,7 +126,7 @@ def _from_record(folder: Path) -> Run:
         config = Config.from_json((folder / "config.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Run(config, summary["status"], summary["seconds"], history)
+        return Run(config, summary["status"], summary["seconds"], history, summary.get("code"))
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: no whole record: {' '.join(str(error).split())}") from None
 
@@ -306,11 +310,11 @@ def rounded(config: Config) -> str:
 
 
 def _others(rules: dict[str, Rule]) -> dict[str, Rule]:
-    """The sites that are not as `main_rule` says: those with another rule or none, and those that are added."""
+    """The sites that are not as `main_rule` says: those with another rule or none, and those that are there besides."""
     if not rules:
         return {}
     base = main_rule(rules)
-    sites = [site for site in ALL_SITES if rules.get(site) != base] + [site for site in ADDED_SITES if site in rules]
+    sites = [site for site in ALL_SITES if rules.get(site) != base] + [site for site in rules if site not in ALL_SITES]
     return {site: UNROUNDED if site not in rules or rules[site].format == FLOAT32 else rules[site] for site in sites}
 
 

@@ -9,8 +9,9 @@ The script prints a line for each configuration, and its exit status is 1 unless
 - the name of the record's folder, and the bytes of metrics.jsonl and config.json;
 - what summary.json holds, except the seconds, the command, the environment, and keys that only the new code writes;
 - everything in checkpoint.pt (weights, optimizer with accumulator and compensation, loss scale, schedule, average,
-  random streams), except the seconds, the command and wandb's id. Tensors agree if type, shape and bits do: -0.0 is not
-  0.0, and a NaN equals a NaN with the same bits. A run that fails counts as a difference, even if it fails with both.
+  random streams), except the seconds, the command, wandb's id, and what only the new code saves (`ADDED`). Tensors
+  agree if type, shape and bits do: -0.0 is not 0.0, and a NaN equals a NaN with the same bits. A run that fails counts
+  as a difference, even if it fails with both.
 
 The configurations "resumed-..." are started with the old code and interrupted by SIGINT in their third epoch; the new
 code goes on with `--resume`, and the record is compared with that of a run that the old code did without interruption.
@@ -44,6 +45,8 @@ from typing import Any
 import torch
 
 NEW = Path(__file__).resolve().parent.parent
+# What a checkpoint of the new code has besides, by the beginning of its place.
+ADDED = ("code", "first_loss", "second_moments.", "optimizer.low_precision.seed", "optimizer.low_precision.rules")
 SHOWN = 3  # names of what differs on a line
 EVERYWHERE = "--dataset boston --epochs 3 --batch-size 64 --device cpu --wandb disabled"  # a configuration's flags win
 MLP = "--model mlp --learning-rate 0.01 --momentum 0.9"
@@ -263,7 +266,8 @@ def compare(name: str, old: Side, new: Side) -> tuple[bool, int, int, str]:
     before, after = map(leaves, states)
     tensors = {place for place, leaf in (before | after).items() if isinstance(leaf[0], torch.dtype)}
     wrong = [place for place in differing(before, after) if place in tensors]
-    others += [f"checkpoint.pt {place}" for place in differing(before, after) if place not in tensors]
+    added = {place for place in after if place not in before and place.startswith(ADDED)}
+    others += [f"checkpoint.pt {place}" for place in differing(before, after) if place not in tensors | added]
 
     line = f"{summaries[0]['status']:8}  metrics {metrics}  {len(tensors):3} tensors, differing: {listed(wrong)}"
     line += f"; differing besides: {listed(others)}" if others else ""

@@ -93,6 +93,15 @@ def latest(folder: Path) -> Checkpoint | None:
     raise CheckpointError(f"{'; '.join(notes)}; start it anew without --resume")
 
 
+def code_of(folder: Path) -> str | None:
+    """The fingerprint of the code that trained until the newest whole checkpoint; None where there is none."""
+    try:
+        last = latest(folder)
+    except (CheckpointError, OSError):
+        return None
+    return last.state.get("code") if last else None
+
+
 class Due:
     """When the next checkpoint is to be written. every: as in Config.checkpoint_every."""
 

@@ -30,11 +30,14 @@ class Losses:
     """The losses of the steps that nobody has looked at yet."""
 
     def __init__(self, device: torch.device) -> None:
+        self.first: Tensor | None = None  # (): that of the first step, which is the untrained model's
         self.pending: list[Tensor] = []  # () each, on the device
         self._every = 1 if device.type == "cpu" else CUDA_CHECK_STEPS
 
     def add(self, loss: Tensor, step: int) -> None:
         """The loss of that step. Diverged where a look is due and one of the pending losses is not finite."""
+        if step == 1:
+            self.first = loss
         self.pending.append(loss)
         if len(self.pending) >= self._every:
             self.check(step)
@@ -81,6 +84,12 @@ class TrainMetrics:
 class Task(ABC):
     """What is learned: a loss, and the metrics that come of it."""
 
+    loss_metric: str  # the name of the mean loss among the metrics, behind "training_" and "testing_"
+
+    @abstractmethod
+    def loss_of_constant(self, outputs: int) -> float:
+        """The mean loss of the best model that gives the same answer for each sample, or what it comes to roughly."""
+
     @abstractmethod
     def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         """(n, outputs), targets -> (), or with reduction "none" a loss for each element."""
@@ -107,6 +116,11 @@ class Task(ABC):
 class Regression(Task):
     """Mean squared error; in training that of the epoch's last step, in its own batch."""
 
+    loss_metric = "mse"
+
+    def loss_of_constant(self, outputs: int) -> float:
+        return 1.0  # the variance of targets that are standardized
+
     def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         return F.mse_loss(output, y, reduction=reduction)
 
@@ -123,6 +137,11 @@ class Regression(Task):
 
 class Classification(Task):
     """Cross entropy and accuracy; in training means over the epoch's rows, as they were trained on."""
+
+    loss_metric = "loss"
+
+    def loss_of_constant(self, outputs: int) -> float:
+        return math.log(outputs)  # each class equally probable
 
     def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
         return F.cross_entropy(output, y, reduction=reduction)

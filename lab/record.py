@@ -80,13 +80,18 @@ def _lock(file) -> bool:
     return True
 
 
-def status(folder: Path) -> str | None:
-    """How the run recorded in `folder` ended; None while it goes on, after a kill, and for what is no record."""
+def summary_of(folder: Path) -> dict:
+    """The summary of the run recorded in `folder`; empty while it goes on, after a kill, and for what is no record."""
     try:
         summary = json.loads(read(folder / "summary.json"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return summary.get("status") if isinstance(summary, dict) else None
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def status(folder: Path) -> str | None:
+    """How the run recorded in `folder` ended; None while it goes on, after a kill, and for what is no record."""
+    return summary_of(folder).get("status")
 
 
 def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int]]:

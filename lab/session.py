@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab import checkpoint
+from lab import checkpoint, remarks
 from lab.checkpoint import Due
 from lab.console import Progress, say
 from lab.environment import environment
 from lab.interrupt import Stop, Stopped
 from lab.metrics import Metrics, wandb_keys
 from lab.processes import Processes
-from lab.record import NoRecord, Record
+from lab.record import REPLACING, NoRecord, Record
 from lab.resume import RunEnded
 from lab.state import State
 from lab.wandb_run import Wandb
@@ -91,8 +90,6 @@ class Session:
 
     def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
         """Records the epoch's metrics. diverged_step: the step that ended it early."""
-        if diverged_step is None and not all(math.isfinite(value) for value in metrics.values() if value is not None):
-            diverged_step = self.state.step
         self._record.epoch(metrics)
         self.state.end_epoch(metrics, diverged_step)
         self._wandb.log(wandb_keys(metrics), step=self.state.epoch)
@@ -124,7 +121,8 @@ class Session:
                 summary["status"] = "failed"
         finally:
             self._stop.__exit__()
-        notes = [*self._record.notes, *self._close_wandb(summary, failed=failure is not None)]
+        notes = [*self._record.notes, *summary.get("remarks", [])]
+        notes += self._close_wandb(summary, failed=failure is not None)
         if failure is None:
             self.result = Result(self.state.config, summary, self.state.history, folder, notes)
             return
@@ -171,6 +169,9 @@ class Session:
         for note in last.notes:
             say(f"{note}; going on from {last.name}")
         say(f"resuming {folder} after epoch {self.state.epoch} of {config.epochs}, step {self.state.step}")
+        if len(codes := self.state.code.split("+")) > 1:
+            others = ", ".join(codes[:-1])
+            say(f"the code has changed: until here the run was trained by {others}, from here on by {codes[-1]}")
         return record
 
     def _open_wandb(self) -> Wandb:
@@ -207,6 +208,11 @@ class Session:
         parameters = sum(p.numel() for p in state.model.parameters())
         summary |= {"seconds": seconds, "parameters": parameters, "resumed": state.resumed}
         summary["rules"] = {site: str(rule) for site, rule in state.config.rules().items()}
+        if status in REPLACING:
+            summary |= remarks.measured(state)
+            if said := remarks.sentences(state.config, summary):
+                summary["remarks"] = said
+        summary["code"] = state.code
         return summary | {"command": state.command, "environment": environment(state.config, self._processes)}
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from torch import nn
 
 from lab.average import Average
 from lab.checkpoint import CheckpointError, first_line
+from lab.fingerprint import LENGTH, UNKNOWN
 from lab.metrics import Losses, Metrics, TrainMetrics
 from lab.optimizers import Schedule
+from lab.remarks import SecondMoments
 from low_precision.noise import Key
 from settings.config import Config, ConfigError
 
@@ -32,6 +35,7 @@ class State:
     losses: Losses
     average: Average | None = None  # of the weights
     command: str | None = None
+    code: str = UNKNOWN  # the fingerprint of the code that trains; where that changed on the way, all of them: A+B
     epoch: int = 0  # epochs done
     batch: int = 0  # batches done of the next one
     step: int = 0
@@ -41,6 +45,11 @@ class State:
     seconds: float = 0.0  # before it was resumed
     resumed: list[int] = field(default_factory=list)  # the steps at which it was
     wandb_id: str | None = None
+    second_moments: SecondMoments = field(init=False)  # those of Adam that became zero
+
+    def __post_init__(self) -> None:
+        sites = {site.partition(".")[0] for site in self.config.rules()}
+        self.second_moments = SecondMoments(rounded="momentum" in sites)
 
     def begin_epoch(self) -> None:
         """Starts the next epoch, unless a resumed run is in the middle of it."""
@@ -51,9 +60,15 @@ class State:
     def step_done(self) -> None:
         self.step += 1
         self.batch += 1
+        self.second_moments.after_step(self.step, self.optimizer)
 
     def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
-        """The epoch is done, with these metrics; diverged_step: the step that ended it early."""
+        """The epoch is done, with these metrics; diverged_step: the step that ended it early.
+
+        Metrics that are not finite have diverged too, with the last step.
+        """
+        if diverged_step is None and not all(math.isfinite(value) for value in metrics.values() if value is not None):
+            diverged_step = self.step
         self.history.append(metrics)
         self.epoch, self.batch, self.diverged_step = self.epoch + 1, 0, diverged_step
 
@@ -68,6 +83,7 @@ class State:
             "version": VERSION,
             "config": asdict(self.config),
             "command": self.command,
+            "code": self.code,
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
@@ -79,6 +95,8 @@ class State:
             "train": self.metrics.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "pending": torch.stack(pending) if pending else None,
+            "first_loss": None if self.losses.first is None else float(self.losses.first),
+            "second_moments": self.second_moments.state_dict(),
             "augmentation": self.noise.get_state(),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds + seconds,
@@ -122,6 +140,10 @@ class State:
         device = parameters[0].device
         self.metrics.load_state_dict(saved["train"], device)
         self.losses.pending = [] if saved["pending"] is None else list(saved["pending"].to(device))
+        if saved.get("first_loss") is not None:  # earlier versions kept neither this nor the next
+            self.losses.first = torch.tensor(float(saved["first_loss"]), dtype=torch.float64)
+        if "second_moments" in saved:
+            self.second_moments.load_state_dict(saved["second_moments"])
         self.noise.set_state(saved["augmentation"])
         torch.set_rng_state(saved["torch_rng"])
         self.seconds, self.resumed = float(saved["seconds"]), [*map(_whole, saved["resumed"]), self.step]
@@ -129,6 +151,14 @@ class State:
         for name in ("command", "wandb_id"):
             _check(saved[name] is None or isinstance(saved[name], str), f"its {name}")
         self.command, self.wandb_id = saved["command"], saved["wandb_id"]
+        self._load_code(saved.get("code", UNKNOWN))
+
+    def _load_code(self, recorded: Any) -> None:
+        """recorded: the fingerprints of the code that trained until here; the one that goes on comes behind them."""
+        one = rf"({UNKNOWN}|[0-9a-f]{{{LENGTH}}})"
+        _check(isinstance(recorded, str) and re.fullmatch(rf"{one}(\+{one})*", recorded) is not None, "its code")
+        earlier = recorded.split("+")
+        self.code = "+".join(earlier if earlier[-1] == self.code else [*earlier, self.code])
 
     def _load_position(self, saved: dict[str, Any], steps: int) -> None:
         """Where the run is: epoch, batch, step, and the metrics until then."""

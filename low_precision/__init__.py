@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from low_precision.rules import rule_of as rule_of
     from low_precision.scheme import Scheme as Scheme
     from low_precision.tensor import quantize as quantize
+    from low_precision.wrap import Quantize as Quantize
+    from low_precision.wrap import plain_copy as plain_copy
     from low_precision.wrap import quantize_model as quantize_model
     from low_precision.wrap import quantize_optimizer as quantize_optimizer
+    from low_precision.wrap import remove as remove
+    from low_precision.wrap import unquantized as unquantized
 
 _HOMES = {
     "BlockFormat": "formats",
@@ -44,17 +48,21 @@ _HOMES = {
     "LossScale": "loss_scale",
     "LowPrecision": "model",
     "Overflow": "rounding",
+    "Quantize": "wrap",
     "Rounding": "rounding",
     "Rule": "rules",
     "SITES": "rules",
     "Scheme": "scheme",
     "SettingError": "errors",
     "format_named": "formats",
+    "plain_copy": "wrap",
     "quantize": "tensor",
     "quantize_model": "wrap",
     "quantize_optimizer": "wrap",
+    "remove": "wrap",
     "rounding_named": "rounding",
     "rule_of": "rules",
+    "unquantized": "wrap",
 }
 
 __all__ = list(_HOMES)

@@ -16,6 +16,8 @@ from functools import lru_cache
 
 import torch
 
+from low_precision import torch_private
+
 LOW_WORD = 2**31  # the draw of the low words of 64-bit ones
 
 # The engines that have their own `word` and `mix64` read these numbers here.
@@ -96,7 +98,9 @@ def words(key: Key, start: int, count: int, device: torch.device | str = "cpu", 
     block, low = divmod(start, 2**32)
     if low + count > 2**32:
         raise ValueError(f"elements [{start}, {start + count}) cross a multiple of 2**32")
-    return hash_words(_counter(count, torch.device(device)) + _signed(low), key.parts(block, draw))
+    # What is made while somebody watches torch's operations may be a tensor of theirs, which nobody else must get.
+    counter = _counter.__wrapped__ if torch_private.somebody_watches() else _counter
+    return hash_words(counter(count, torch.device(device)) + _signed(low), key.parts(block, draw))
 
 
 def hash_words(index: torch.Tensor, parts: tuple[int, int, int]) -> torch.Tensor:

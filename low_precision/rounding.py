@@ -10,7 +10,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from low_precision.errors import SettingError, nearest, shown
+from low_precision.errors import SettingError, nearest, shown, wrong_type
 
 
 class Rounding(enum.Enum):
@@ -41,7 +41,9 @@ class FewBits:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= FEW_BITS:
-            raise SettingError("random bits", repr(self.bits), f"a whole number, 1 .. {FEW_BITS}")
+            raise SettingError("random bits", shown(self.bits, repr), f"a whole number, 1 .. {FEW_BITS}")
+        if not isinstance(self.half_offset, bool):
+            raise SettingError("half_offset", shown(self.half_offset, repr), "True, False")
 
     def __str__(self) -> str:
         return f"stochastic:{self.bits}" + (":half" if self.half_offset else "")
@@ -57,13 +59,21 @@ def is_random(rounding: AnyRounding) -> bool:
     return rounding is Rounding.STOCHASTIC or isinstance(rounding, FewBits)
 
 
-@functools.cache
-def rounding_named(name: str) -> AnyRounding:
+def rounding_named(name: AnyRounding | str) -> AnyRounding:
     """The rounding of that name: a value of `Rounding`, or stochastic:R[:half]; what `str()` of it gives.
 
-    SettingError for any other name.
+    A rounding stands for itself. SettingError for any other name, TypeError for another type.
     """
-    match = re.fullmatch(r"stochastic:([1-9]\d?)(:half)?", name)
+    if isinstance(name, str):
+        return _rounding_named(name)
+    if isinstance(name, Rounding | FewBits):
+        return name
+    raise wrong_type("rounding", name, f"{ROUNDING_NAMES}; a Rounding, or FewBits")
+
+
+@functools.cache
+def _rounding_named(name: str) -> AnyRounding:
+    match = re.fullmatch(r"stochastic:([1-9][0-9]?)(:half)?", name)
     if match and int(match[1]) <= FEW_BITS:
         return FewBits(int(match[1]), bool(match[2]))
     known = [mode.value for mode in Rounding]
@@ -77,3 +87,18 @@ class Overflow(enum.Enum):
 
     SATURATE = "saturate"  # the largest finite value with its sign; infinities too
     INFINITY = "infinity"  # infinity, except where a directed rounding leads back to `largest` (IEEE 754-2019, 7.4)
+
+
+def overflow_named(name: Overflow | str) -> Overflow:
+    """The member of `Overflow` with that value; a member stands for itself.
+
+    SettingError for any other name, TypeError for another type.
+    """
+    if isinstance(name, Overflow):
+        return name
+    known = [overflow.value for overflow in Overflow]
+    if not isinstance(name, str):
+        raise wrong_type("overflow", name, f"{', '.join(known)}; an Overflow")
+    if name not in known:
+        raise SettingError("overflow", shown(name), ", ".join(known), nearest(name, known))
+    return Overflow(name)

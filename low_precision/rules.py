@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from low_precision.errors import SettingError, nearest, shown
+from low_precision.errors import SettingError, nearest, shown, wrong_type
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat, Format, format_named
 from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding, rounding_named
 
@@ -14,13 +15,31 @@ ADDED_SITES = ("accumulator", "compensation")  # these exist only when they are 
 SITES = ALL_SITES + ADDED_SITES
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at layers; the others are at parameters
 
+# momentum.NAME is a site too: one state of the optimizer, by torch's name for it. It goes before momentum.
+_STATE = "momentum."
+COUNTS = ("step", "mu_product", "mu", "eta")  # of an optimizer's states, what says how far it is: no moment to round
+STATES = (  # those of torch's optimizers; others may have others
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "prev", "step_size", "ax", "row_var", "col_var", "variance"),
+)
+SITE_NAMES = ", ".join((*ALL_SITES, "momentum.NAME (one state of the optimizer, as exp_avg_sq)", *ADDED_SITES))
+
 
 @dataclass(frozen=True)
 class Rule:
-    """How one site is rounded. rule_of(str(rule)) == rule, but for float32, whose rounding is none and goes untold."""
+    """How one site is rounded. rule_of(str(rule)) == rule, but for float32, whose rounding is none and goes untold, and
+    for formats that are not in the table, whose names nobody can look up.
+    """
 
     format: AnyFormat
     rounding: AnyRounding
+
+    def __post_init__(self) -> None:
+        """TypeError for texts and other types: `rule_of` makes a rule of them."""
+        if not isinstance(self.format, Format | BlockFormat):
+            raise wrong_type("rule: format", self.format, "a Format, a BlockFormat; rule_of takes texts")
+        if not isinstance(self.rounding, Rounding | FewBits):
+            raise wrong_type("rule: rounding", self.rounding, "a Rounding, FewBits; rule_of takes texts")
 
     def __str__(self) -> str:
         return self.format.name if self.format == FLOAT32 else f"{self.format.name}:{self.rounding}"
@@ -37,33 +56,93 @@ def rule_of(spec: Spec, rounding: AnyRounding | str = Rounding.NEAREST) -> Rule:
     if isinstance(spec, Rule):
         return spec
     if isinstance(spec, Format | BlockFormat):
-        return Rule(spec, _rounding(rounding))
+        return Rule(spec, rounding_named(rounding))
     if not isinstance(spec, str):
-        raise TypeError(f"given {spec!r}, allowed: FORMAT[:ROUNDING], a Format or a Rule")
+        raise wrong_type(None, spec, "FORMAT[:ROUNDING], a Format or a Rule")
     name, colon, rounding_name = spec.partition(":")
-    return Rule(format_named(name), rounding_named(rounding_name) if colon else _rounding(rounding))
+    return Rule(format_named(name), rounding_named(rounding_name if colon else rounding))
 
 
 def site_rule(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> tuple[str, Rule]:
     """The site and the rule of a text "SITE=FORMAT[:ROUNDING]"; `rounding` where it names none. SettingError."""
+    if not isinstance(text, str):
+        raise wrong_type("site", text, "SITE=FORMAT[:ROUNDING]")
     site, equals, spec = text.partition("=")
-    if site not in SITES or not equals:
-        raise SettingError(
-            "site", shown(text), "SITE=FORMAT[:ROUNDING]", None if site in SITES else nearest(site, SITES)
-        )
+    if not is_site(site):
+        raise _unknown_site(site, text, "SITE=FORMAT[:ROUNDING], SITE one of ")
+    if not equals:
+        raise SettingError("site", shown(text), "SITE=FORMAT[:ROUNDING]")
     return site, rule_of(spec, rounding)
 
 
+def is_site(name: object) -> bool:
+    """Whether it names a site: one of SITES, or momentum.NAME, NAME an identifier and no count."""
+    if not isinstance(name, str):
+        return False
+    state = state_of(name)
+    return name in SITES if state is None else state.isidentifier() and state not in COUNTS
+
+
+def state_of(site: str) -> str | None:
+    """The NAME of a site momentum.NAME, None of another one."""
+    return site.removeprefix(_STATE) if site.startswith(_STATE) else None
+
+
+def check_site(name: object) -> None:
+    """SettingError, with the nearest known word, for a name of no site."""
+    if not is_site(name):
+        raise _unknown_site(name, name)
+
+
+def _unknown_site(name: object, text: object, form: str = "") -> SettingError:
+    """text: what was written, in which `name` should be a site."""
+    word = shown(name)
+    base, _, state = word.partition(".")
+    if base == "momentum" and state in COUNTS:
+        note = f"; {state} is a count of the optimizer, and stays as it is"
+        return SettingError("site", shown(text), form + SITE_NAMES, note=note)
+    if word in STATES:
+        near: str | None = _STATE + word
+    elif state.isidentifier() and nearest(base, SITES) == "momentum":
+        near = _STATE + state
+    else:
+        near = nearest(word, (*SITES, *(_STATE + known for known in STATES)))
+    return SettingError("site", shown(text), form + SITE_NAMES, near)
+
+
+def in_order(sites: Iterable[str]) -> list[str]:
+    """Sites in the order of SITES, those of single states by name after momentum."""
+    return sorted(sites, key=lambda site: (SITES.index(site.partition(".")[0]), site))
+
+
+def effective(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules that make a difference, in order: not float32's, but for a state of a rounded momentum, which it keeps
+    in float32; and not a state's that is momentum's own.
+    """
+    base = rules.get("momentum")
+    base = base if base and is_there("momentum", base) else None
+
+    def matters(site: str) -> bool:
+        if state_of(site) is None:
+            return is_there(site, rules[site])
+        return rules[site] != base if base else rules[site].format != FLOAT32
+
+    return {site: rules[site] for site in in_order(rules) if matters(site)}
+
+
 def is_there(site: str, rule: Rule) -> bool:
-    """Whether a rule does anything at its site: float32 rounds nothing, but an accumulator in float32 exists."""
-    return rule.format != FLOAT32 or site in ADDED_SITES
+    """Whether a rule does anything at its site: float32 rounds nothing, but an accumulator in float32 exists, and a
+    state of the optimizer may be what alone is not rounded.
+    """
+    return rule.format != FLOAT32 or site in ADDED_SITES or state_of(site) is not None
 
 
 def check_rules(rules: dict[str, Rule], overflow: Overflow) -> None:
-    """SettingError for rules that do not go together, or not with this overflow."""
-    for site in rules:
-        if site not in SITES:
-            raise SettingError("site", shown(site), ", ".join(SITES), nearest(site, SITES))
+    """SettingError for rules that do not go together, or not with this overflow; TypeError for what is no Rule."""
+    for site, rule in rules.items():
+        check_site(site)
+        if not isinstance(rule, Rule):
+            raise wrong_type(site, rule, "a Rule; rule_of makes one of FORMAT[:ROUNDING]")
     if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
         raise SettingError("site", "compensation", "one beside rounded weights, without an accumulator")
     for site, rule in rules.items():
@@ -71,5 +150,6 @@ def check_rules(rules: dict[str, Rule], overflow: Overflow) -> None:
             raise SettingError("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
 
 
-def _rounding(rounding: AnyRounding | str) -> AnyRounding:
-    return rounding if isinstance(rounding, Rounding | FewBits) else rounding_named(rounding)
+def momentum_rule(rules: Mapping[str, Rule], name: str) -> Rule | None:
+    """The rule of one of an optimizer's states, by torch's name for it, e.g. exp_avg_sq: its own, or momentum's."""
+    return rules.get(f"momentum.{name}", rules.get("momentum"))

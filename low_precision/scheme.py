@@ -1,47 +1,17 @@
-"""How a model is rounded: a rule for each site, the streams of random bits, and the time that they depend on."""
+"""How a model is rounded: a rule for each site, and what rounds one named tensor at one of them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from low_precision.clock import Clock
 from low_precision.formats import FLOAT32, BlockFormat
 from low_precision.noise import Key
-from low_precision.rounding import AnyRounding, Overflow, Rounding, is_random
+from low_precision.rounding import AnyRounding, Overflow, Rounding, is_random, overflow_named, rounding_named
 from low_precision.rules import Rule, check_rules
 from low_precision.tensor import quantize
-
-
-@dataclass
-class Clock:
-    """The time of one model's training, from which the noise of each rounding follows."""
-
-    step: int = 0  # optimizer steps done
-    # By (layer, training mode, replica): forward passes since the last step.
-    calls: Counter[tuple[str, bool, int]] = field(default_factory=Counter)
-    writes: int = 0  # weights taken over from outside since the last step
-
-    def move_to(self, step: int) -> None:
-        """So many optimizer steps are done."""
-        self.step, self.writes = step, 0
-        self.calls.clear()
-
-
-@dataclass
-class BatchPart:
-    """Which rows of the whole batch this process has, where several processes share it; 0 rows: the whole batch.
-
-    The noise of a row depends on its place in the whole batch, so that the number of processes changes nothing.
-    """
-
-    rows: int = 0
-    rows_before: int = 0
-
-    def first_row(self, rows: int) -> int:
-        """The place in the whole batch of the first of so many rows of a tensor, which has as many for each sample."""
-        return self.rows_before * rows // self.rows if self.rows_before else 0
 
 
 @dataclass(frozen=True)
@@ -49,27 +19,37 @@ class Scheme:
     """How a training run rounds: a rule for each site that is rounded, and what all sites share."""
 
     rules: dict[str, Rule]  # by the names of SITES; a site that is not there stays in float32
-    seed: int = 0  # of the stochastic rounding's noise
+    seed: int | None = 0  # of the stochastic rounding's noise; None: another one for each model of this process
     overflow: Overflow = Overflow.SATURATE
     backend: str = "auto"
     rounding: AnyRounding = Rounding.NEAREST  # of the sites that quantize_optimizer adds, where they name none
 
     def __post_init__(self) -> None:
-        check_rules(self.rules, Overflow(self.overflow))
+        rounding_named(self.rounding)
+        check_rules(self.rules, overflow_named(self.overflow))
 
-    def quantizer(self, site: str, tensor: str, clock: Clock) -> Quantizer | None:
-        """What rounds that tensor at that site, or None where it stays in float32."""
-        rule = self.rules.get(site)
+    def quantizer(self, site: str, tensor: str, clock: Clock, rule: Rule | None = None) -> Quantizer | None:
+        """What rounds that tensor at that site, or None where it stays in float32. rule: the site's unless given."""
+        rule = rule or self.rules.get(site)
         if rule is None or rule.format == FLOAT32:
             return None
-        return Quantizer(rule, Key.of(self.seed, site, tensor), clock, self.overflow, self.backend)
+        return Quantizer(rule, (site, tensor), clock, self.overflow, self.backend)
 
 
 class Quantizer:
     """Rounds one named tensor at one site; its random bits depend on (seed, site, tensor, step, call) alone."""
 
-    def __init__(self, rule: Rule, key: Key, clock: Clock, overflow: Overflow, backend: str) -> None:
-        self.rule, self.key, self.clock, self.overflow, self.backend = rule, key, clock, overflow, backend
+    def __init__(self, rule: Rule, names: tuple[str, str], clock: Clock, overflow: Overflow, backend: str) -> None:
+        """names: of the site and the tensor."""
+        self.rule, self.names, self.clock, self.overflow, self.backend = rule, names, clock, overflow, backend
+        self._key: tuple[int, Key] | None = None  # made when it is needed: a loaded state may bring another seed
+
+    @property
+    def key(self) -> Key:
+        """From which the noise of each rounding follows."""
+        if self._key is None or self._key[0] != self.clock.seed:
+            self._key = self.clock.seed, Key.of(self.clock.seed, *self.names)
+        return self._key[1]
 
     def __call__(
         self,
@@ -79,15 +59,18 @@ class Quantizer:
         dim: int | None = None,
         out: Tensor | None = None,
         first_row: int = 0,
+        backward_pass: int = 0,
     ) -> Tensor:
         """Round `x`, into `out` where that is given; see tensor.quantize.
 
         call: tells apart several roundings between two optimizer steps. step: the clock's unless given. dim: along
         which blocks run; unless given, a parameter's second dimension, its inputs, or its only one. first_row: see Key.
+        backward_pass: how many passes went back through the same rounding before this one.
         """
         key = None
         if is_random(self.rule.rounding):
             key = self.key.fold(self.clock.step if step is None else step).fold(call)
+            key = key.fold(backward_pass) if backward_pass else key
             key = replace(key, first_row=first_row) if first_row else key
         return quantize(
             x,

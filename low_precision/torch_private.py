@@ -6,10 +6,12 @@ speed: "somebody may watch", so that nothing is rounded in place, or "this may b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -106,3 +108,177 @@ def inside_compiled(model: nn.Module) -> nn.Module | None:
     """The module that torch.compile has wrapped; None where `model` is not such a wrapper."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+# Asked at each call of a layer, so that what never changes in a process is asked once.
+_is_distributed = torch.distributed.is_initialized if torch.distributed.is_available() else bool
+
+
+def process_rank() -> int:
+    """The number of this process among those of torch.distributed; 0 where it is alone."""
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def wrap_checkpointing(
+    reentrant: Callable[[Callable[..., Any]], Callable[..., Any]],
+    not_reentrant: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> None:
+    """Has torch.utils.checkpoint run, in place of a function that it was given, what these make of the function.
+
+    reentrant: is called just before the function's first run; what it gives does that run and each later one.
+    not_reentrant: is called just before the first run; what it gives does the later runs alone.
+    A warning where torch lacks the names.
+    """
+    from torch.utils import checkpoint
+
+    function = getattr(checkpoint, "CheckpointFunction", None)
+    generator = getattr(checkpoint, "_checkpoint_without_reentrant_generator", None)
+    if function is None or generator is None:
+        text = (
+            f"torch {torch.__version__} has another torch.utils.checkpoint than low_precision knows: what it computes "
+            "again is rounded stochastically with other bits than the first time"
+        )
+        warnings.warn(text, stacklevel=2)
+        return
+    apply = function.apply
+
+    def apply_wrapped(run: Callable[..., Any], *arguments: Any) -> Any:
+        return apply(reentrant(run), *arguments)
+
+    @functools.wraps(generator)
+    def generate_wrapped(run: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
+        return generator(not_reentrant(run), *arguments, **named)
+
+    function.apply = apply_wrapped
+    checkpoint._checkpoint_without_reentrant_generator = generate_wrapped  # type: ignore[assignment]
+    composable = sys.modules.get("torch.distributed._composable.checkpoint_activation")
+    if getattr(composable, "_checkpoint_without_reentrant_generator", None) is generator:
+        composable._checkpoint_without_reentrant_generator = generate_wrapped  # type: ignore[union-attr]
+
+
+def backward_task() -> int:
+    """The number of the backward pass that this thread works for; one for all where torch does not tell."""
+    ask = getattr(torch._C, "_current_graph_task_id", None)
+    return 0 if ask is None else int(ask())
+
+
+def keep_during_backward(thing: object) -> bool:
+    """Has torch keep `thing` until the backward pass ends in which this is called, by an error too; False where torch
+    cannot.
+    """
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is not None:
+        engine.queue_callback(functools.partial(id, thing))
+    return engine is not None
+
+
+def process_count() -> int:
+    """How many processes torch.distributed has; 1 without it."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def show_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """From now on torch.amp.GradScaler.step leaves what it knows in attributes of the optimizer, as for fused ones."""
+    vars(optimizer).setdefault("_step_supports_amp_scaling", True)
+
+
+def hide_grad_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Takes show_grad_scaler back. A fused optimizer keeps its own attribute."""
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        vars(optimizer).pop("_step_supports_amp_scaling", None)
+
+
+def grad_scaler_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch.amp.GradScaler that has the optimizer step; for one of show_grad_scaler.
+
+    Takes away what it has left in the optimizer: it would not do so itself after an error of the step.
+    """
+    steps = getattr(optimizer, "found_inf", None) is not None
+    for name in ("found_inf", "grad_scale") if steps else ():
+        vars(optimizer).pop(name, None)
+    return steps
+
+
+def dispatch_modes_are_active() -> bool:
+    """Whether a TorchDispatchMode may be active, which sees each operation of torch and may keep what comes out."""
+    count = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return True if count is None else bool(count())
+
+
+# What may stand between a call of quantize and a tensor's memory. Read once, because each rounding of a small tensor
+# asks all of them.
+_function_modes = getattr(torch._C, "_len_torch_function_stack", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+_tracing = getattr(torch._C, "_is_tracing", None)
+_forward_ad = torch.autograd.forward_ad
+
+
+def somebody_watches() -> bool:
+    """Whether a mode, a transform of torch.func, a tracer or forward-mode differentiation may be at work."""
+    if _transforms is None or _dispatch_modes is None or _function_modes is None or _tracing is None:
+        return True
+    if _transforms() or _dispatch_modes() or _function_modes() or _tracing():
+        return True
+    return bool(getattr(_forward_ad, "_current_level", 0) >= 0)
+
+
+def tracer() -> str | None:
+    """Who records the operations of torch so that they can be done again with other numbers; None where nobody does."""
+    if (_tracing or torch.jit.is_tracing)():  # type: ignore[attr-defined]
+        return "torch.jit.trace"
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    proxy_mode = getattr(proxies, "get_proxy_mode", None)
+    return "make_fx" if proxy_mode is not None and proxy_mode() is not None else None
+
+
+@contextlib.contextmanager
+def hidden_from_modes() -> Iterator[bool]:
+    """No TorchFunctionMode or TorchDispatchMode sees what torch does within. False: torch cannot, and they see it."""
+    hide_functions = getattr(torch._C, "DisableTorchFunction", None)
+    hide_dispatch = getattr(torch._C, "_DisableTorchDispatch", None)
+    if hide_functions is None or hide_dispatch is None:
+        yield False
+    else:
+        with hide_functions(), hide_dispatch():
+            yield True
+
+
+@contextlib.contextmanager
+def without_transforms() -> Iterator[bool]:
+    """No transform of torch.func is at work within. False: torch cannot, and they are."""
+    interpreters = sys.modules.get("torch._functorch.pyfunctorch")
+    clear = getattr(interpreters, "temporarily_clear_interpreter_stack", None)
+    if clear is None:
+        yield False
+    else:
+        with clear():
+            yield True
+
+
+def is_of_a_transform(x: Tensor) -> bool:
+    """Whether the tensor belongs to a transform of torch.func, which keeps its numbers in another one."""
+    functorch = getattr(torch._C, "_functorch", None)
+    ask = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    if ask is not None:
+        return bool(ask(x))
+    try:
+        x.data_ptr()
+    except RuntimeError:  # such a tensor has no address
+        return True
+    return False
+
+
+def functionalizes() -> bool:
+    """Whether torch.func.functionalize is among the transforms at work. Under it torch calls no autograd.Function."""
+    functorch = getattr(torch._C, "_functorch", None)
+    ask = getattr(functorch, "get_interpreter_stack", None)
+    levels = None if ask is None else ask()  # None where there is none
+    return any(level.key().name == "Functionalize" for level in levels or ())
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether the tensor has a shape and a type, and no numbers. Where torch does not tell, meta tensors alone are."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    fake = getattr(fakes, "FakeTensor", None)
+    return x.is_meta or (fake is not None and isinstance(x, fake))

@@ -1,20 +1,26 @@
-"""The two calls around any plain model and torch optimizer: `quantize_model` and `quantize_optimizer`."""
+"""The calls around any plain model and torch optimizer: `quantize_model`, `quantize_optimizer`, and what ends them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from low_precision.clock import Clock, next_seed
 from low_precision.engines import choice
 from low_precision.errors import SettingError
+from low_precision.formats import FLOAT32
+from low_precision.layers import LayerRounding, place_of, replica_of, round_flowing
 from low_precision.model import LowPrecision
-from low_precision.rounding import AnyRounding, Overflow, Rounding, rounding_named
+from low_precision.optimizer import OptimizerRounding
+from low_precision.rounding import AnyRounding, Overflow, Rounding, overflow_named, rounding_named
 from low_precision.rules import Rule, Spec, rule_of
-from low_precision.scheme import Scheme
-from low_precision.torch_private import inside_compiled
+from low_precision.scheme import Quantizer, Scheme
+from low_precision.torch_private import inside_compiled, untraced
 
 
 def quantize_model(
@@ -27,7 +33,7 @@ def quantize_model(
     accumulator: Spec | None = None,
     compensation: Spec | None = None,
     rounding: AnyRounding | str = Rounding.NEAREST,
-    seed: int = 0,
+    seed: int | None = None,
     layers: Iterable[str] | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
@@ -37,8 +43,9 @@ def quantize_model(
     weights, ... compensation: for each site (docs/sites.md) how it is rounded, a text "FORMAT[:ROUNDING]", a Format
     or a Rule; None: not at all. An accumulator, a master copy of the weights for the optimizer, starts from the weights
     before they are rounded; a compensation keeps what their rounding cuts off for the next update. rounding: where a
-    site names none. seed: of all stochastic rounding, that of the optimizer too. layers: name patterns of the modules
-    to round, see LowPrecision.
+    site names none. seed: of all stochastic rounding, that of the optimizer too; None: a model takes 0, the next one of
+    this process 1, and so on, and the optimizer's state_dict holds the number. layers: name patterns of the modules to
+    round, see LowPrecision.
     A layer or parameter that is added or replaced later: RuntimeError at the next forward pass or step, until
     quantize_model(model), without a site, takes it in. What is compiled or parallel is wrapped after, or before: both
     work, with the same noise. Raises ValueError for unknown names and a model that is rounded already, TypeError for
@@ -46,14 +53,13 @@ def quantize_model(
     """
     sites = {"weights": weights, "inputs": inputs, "activations": activations, "errors": errors}
     rules = _rules(sites | {"accumulator": accumulator, "compensation": compensation}, rounding)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise SettingError("seed", repr(seed), "a whole number >= 0")
+    _check_seed(seed)
     choice.check(backend)
     plain = _unwrapped(model)
-    low = getattr(plain, "low_precision", None)
-    if not isinstance(low, LowPrecision):
-        rounding = rounding_named(rounding) if isinstance(rounding, str) else rounding
-        LowPrecision(plain, Scheme(rules, seed, Overflow(overflow), backend, rounding), layers)
+    low = _rounding_of(plain)
+    if low is None:
+        scheme = Scheme(rules, seed, overflow_named(overflow), backend, rounding_named(rounding))
+        LowPrecision(plain, scheme, layers)
     elif rules or layers is not None:
         raise ValueError("this model is rounded already: start from a new one, or give no site to take in new layers")
     else:
@@ -69,26 +75,181 @@ def quantize_optimizer(
     momentum: Spec | None = None,
     rounding: AnyRounding | str | None = None,
     loss_scale: float | str = 1.0,
+    **states: Spec | None,
 ) -> torch.optim.Optimizer:
     """Round what `optimizer` does to a model of `quantize_model`: the same optimizer, in place.
 
     Each step rounds the gradients, then the optimizer's state (momentum, moments), accumulator and weights; its
     state_dict holds accumulator, compensation and the count of steps, from which all noise follows. gradients,
-    momentum: as the sites of quantize_model. rounding: the model's unless given. Parameters that are not the model's
-    stay in float32.
-    loss_scale: a number, or "dynamic" (LossScale): optimizer.loss_scale.scale(loss).backward().
-    Several optimizers may share a model, with one fixed loss scale. Raises ValueError for a model or an optimizer that
-    does not fit. With the backend qtorch, returns qtorch's OptimLP around the optimizer.
+    momentum: as the sites of quantize_model. states: one of the optimizer's states by torch's name for it, over
+    momentum: **{"momentum.exp_avg_sq": "bfloat16"}. rounding: the model's unless given. Parameters that are not the
+    model's stay in float32.
+    loss_scale: a number, or "dynamic" (LossScale): optimizer.loss_scale.scale(loss).backward(), and before what reads
+    gradients, as clipping does, optimizer.loss_scale.unscale(optimizer). A step on gradients of a loss that was not
+    scaled is a RuntimeError, and so is one by torch.amp.GradScaler.
+    Several optimizers may share a model. Raises ValueError for a model or an optimizer that does not fit. With the
+    backend qtorch, returns qtorch's OptimLP around the optimizer.
     """
+    for name in states:
+        if not name.startswith("momentum."):
+            raise TypeError(f"quantize_optimizer() got an unexpected keyword argument {name!r}")
     plain = _unwrapped(model)
-    low = getattr(plain, "low_precision", None)
-    if not isinstance(low, LowPrecision):
+    low = _rounding_of(plain)
+    if low is None:
         raise ValueError("quantize_optimizer: this model is not rounded: call quantize_model(model, ...) first")
     of_model = {id(p) for p in plain.parameters()}
     if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("quantize_optimizer: the optimizer has no parameter of this model: make it from parameters()")
-    rules = _rules({"gradients": gradients, "momentum": momentum}, rounding or low.scheme.rounding)
-    return low.attach(optimizer, loss_scale, replace(low.scheme, rules=low.scheme.rules | rules))
+    default = low.scheme.rounding if rounding is None else rounding
+    rules = _rules({"gradients": gradients, "momentum": momentum, **states}, default)
+    attached = low.attach(optimizer, loss_scale, replace(low.scheme, rules=low.scheme.rules | rules))
+    if isinstance(hooks := getattr(attached, "low_precision", None), OptimizerRounding):
+        hooks.wants_states = "momentum" in rules and rules["momentum"].format != FLOAT32
+    return attached
+
+
+class Quantize(nn.Module):
+    """Rounds the tensor that it is called with, anywhere in a model: quantize() with a fresh key at each call.
+
+    spec: "FORMAT[:ROUNDING]", a Format or a Rule. backward: the same for the gradient, which else passes straight
+    through. rounding: where they name none. dim, overflow, backend: as in quantize(). Training and evaluation count
+    their calls apart; the counts and the seed are in the state_dict, so a resumed run goes on with the same bits, and
+    what activation checkpointing computes again has the bits of the first time. seed: a whole number below 2**63;
+    None: the next number of this process, which a loaded state replaces by its own. SettingError for unknown names.
+
+        self.rounded = Quantize("float8:stochastic", seed=1)
+        y = self.rounded(y)  # float32 of any shape -> the same shape
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        backward: Spec | None = None,
+        rounding: AnyRounding | str = Rounding.NEAREST,
+        seed: int | None = None,
+        dim: int = -1,
+        overflow: Overflow | str = Overflow.SATURATE,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_seed(seed, below=2**63)
+        choice.check(backend)
+        self.dim, self._has_seed = dim, seed is not None
+        self.rules = {"value": rule_of(spec, rounding)} | _rules({"backward": backward}, rounding)
+        overflow = overflow_named(overflow)
+        for name, rule in self.rules.items():
+            if overflow is Overflow.INFINITY and not rule.format.has_infinity:
+                raise SettingError("overflow", "infinity", f"saturate ({name}: {rule.format} has no infinity)")
+        self.clock = Clock(seed=next_seed() if seed is None else seed)
+        self._value, self._error = (
+            None if rule is None or rule.format == FLOAT32 else Quantizer(rule, names, self.clock, overflow, backend)
+            for rule, names in (
+                (self.rules["value"], ("Quantize", "value")),
+                (self.rules.get("backward"), ("Quantize", "backward")),
+            )
+        )
+        self._calls_before = {True: 0, False: 0}  # those of training and of evaluation before the state was loaded
+
+    @untraced
+    def forward(self, x: Tensor) -> Tensor:
+        time = self.clock.now()
+        if time.paused or not (self._value or (self._error and x.requires_grad)):
+            return x
+        replica = replica_of(self, x)
+        time.calls["", self.training, replica] += 1
+        passes = self._calls_before[self.training] + time.calls["", self.training, replica]
+        place = place_of(x, time, passes, self.training, replica, self.dim)
+        return round_flowing(x, self._value, self._error, time, place)
+
+    def get_extra_state(self) -> Tensor:
+        """int64 (3,): the seed, and the calls in training and in evaluation."""
+        counts = [self._calls_before[training] + self._calls(training) for training in (True, False)]
+        return torch.tensor([self.clock.seed, *counts], dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        seed, in_training, in_evaluation = map(int, state)
+        self.clock.seed = self.clock.seed if self._has_seed else seed
+        self.clock.calls.clear()
+        self._calls_before = {True: in_training, False: in_evaluation}
+
+    def _calls(self, training: bool) -> int:
+        """How many there were; each replica makes as many."""
+        return max((n for (_, mode, _), n in self.clock.calls.items() if mode == training), default=0)
+
+    def extra_repr(self) -> str:
+        return ", ".join(str(rule) if name == "value" else f"{name}={rule}" for name, rule in self.rules.items())
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """`with unquantized(model):` nothing that flows through the model is rounded, and weights are used as they stand.
+
+    Weights that are written inside, for an evaluation, are rounded at the next forward pass after it, unless those from
+    before are back by then. ValueError for a model that is not rounded and has no Quantize in it.
+    """
+    clocks = [module.clock for module in model.modules() if isinstance(module, Quantize)]
+    clocks += [low.clock for low in _roundings_in(model)]
+    if not clocks:
+        _rounded(model, "unquantized")
+    times = [clock.now() for clock in clocks]  # inside a checkpointed part that is computed again: not the clock itself
+    for time in times:
+        time.paused += 1
+    try:
+        yield
+    finally:
+        for time in times:
+            time.paused -= 1
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the rounding off a model of quantize_model, and off its optimizers: the same model, plain again.
+
+    The weights stay as they are, in their format; accumulators and compensations are dropped. ValueError for a model
+    that is not rounded.
+    """
+    roundings = _roundings_in(model) or [_rounded(model, "remove")]
+    for low in roundings:
+        low.remove()
+    return model
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model of quantize_model without rounding, with the weights as they are.
+
+    For an average of weights, which would be rounded itself in a copy that rounds:
+    torch.optim.swa_utils.AveragedModel(plain_copy(model)). A model that is not rounded is copied as it is.
+    """
+    duplicate = copy.deepcopy(model)
+    for low in _roundings_in(duplicate):
+        low.remove()
+    if any(isinstance(module, LayerRounding) for module in duplicate.modules()):
+        raise ValueError("plain_copy: given a part of a rounded model, allowed: the whole of it")
+    return duplicate
+
+
+def _check_seed(seed: int | None, below: int | None = None) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 or (below and seed >= below):
+        raise SettingError("seed", repr(seed), f"a whole number >= 0{f' and < {below}' if below else ''}, or None")
+
+
+def _rounding_of(plain: nn.Module) -> LowPrecision | None:
+    low = getattr(plain, "low_precision", None)
+    return low if isinstance(low, LowPrecision) else None
+
+
+def _roundings_in(model: nn.Module) -> list[LowPrecision]:
+    """Of the model, and of models inside it."""
+    return [low for module in model.modules() if (low := _rounding_of(module)) and low.model is module]
+
+
+def _rounded(model: nn.Module, call: str) -> LowPrecision:
+    low = _rounding_of(_unwrapped(model))
+    if low is None:
+        raise ValueError(f"{call}: this model is not rounded: quantize_model(model, ...) rounds one")
+    return low
 
 
 def _rules(specs: Mapping[str, Spec | None], rounding: AnyRounding | str) -> dict[str, Rule]:

@@ -14,13 +14,27 @@ from typing import Any
 from data import DATASETS
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FLOAT32, BlockFormat, format_named
-from low_precision.rounding import Overflow, Rounding, is_random, rounding_named
-from low_precision.rules import ADDED_SITES, ALL_SITES, SITES, Rule, check_rules, is_there, site_rule
+from low_precision.rounding import Overflow, Rounding, is_random, overflow_named, rounding_named
+from low_precision.rules import (
+    ADDED_SITES,
+    ALL_SITES,
+    SITE_NAMES,
+    Rule,
+    check_rules,
+    effective,
+    site_rule,
+    state_of,
+)
 from settings import kinds
 from settings.kinds import Kind
 
 MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20")  # models.MODELS builds them
 IMAGE_MODELS = ("cnn", "resnet20")
+OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAME rounds one of them
+    "sgd": ("momentum_buffer",),  # where there is a momentum
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
 
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
@@ -70,7 +84,7 @@ class Config:
     )
     epochs: int = _setting(2, "training", kinds.whole(0), "passes over the training rows")
     batch_size: int = _setting(256, "training", kinds.whole(1), "rows in a step")
-    optimizer: str = _setting("sgd", "training", kinds.one_of("sgd", "adam", "adamw"), "optimizer")
+    optimizer: str = _setting("sgd", "training", kinds.one_of(*OPTIMIZERS), "optimizer")
     learning_rate: float = _setting(
         0.01, "training", kinds.POSITIVE, "learning rate; its peak, where there is a schedule"
     )
@@ -97,15 +111,16 @@ class Config:
     quantize: tuple[str, ...] = _setting(
         ALL_SITES,
         "rounding",
-        Kind(f"all, none, or a comma-separated choice of {', '.join(SITES)}", kinds.sites),
+        Kind(f"all, none, or a comma-separated choice of {SITE_NAMES}", kinds.sites),
         f"the sites that are rounded; all is every one but {' and '.join(ADDED_SITES)}",
         default_text="all",
     )
     site: tuple[str, ...] = _setting(
         (),
         "rounding",
-        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {', '.join(SITES)}", kinds.overrides),
-        "a site in a format of its own, e.g. accumulator=float16:stochastic; repeatable",
+        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {SITE_NAMES}", kinds.overrides),
+        "a site in a format of its own, e.g. accumulator=float16:stochastic or momentum.exp_avg_sq=bfloat16;"
+        " repeatable",
         default_text="none",
     )
     layers: tuple[str, ...] | None = _setting(
@@ -176,13 +191,27 @@ class Config:
             raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
         if self.momentum and self.optimizer != "sgd":
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
+        self._check_states()
         rules = self.rules()
         try:
-            check_rules(rules, Overflow(self.overflow))
+            check_rules(rules, overflow_named(self.overflow))
         except SettingError as error:
             raise ConfigError.of(error) from None
         if self.backend == "qtorch":
             self._check_qtorch(rules)
+
+    def _check_states(self) -> None:
+        """No site momentum.NAME of a state that the optimizer does not keep."""
+        kept = OPTIMIZERS[self.optimizer] if self.optimizer != "sgd" or self.momentum else ()
+        known = [f"momentum.{state}" for state in kept]
+        allowed = f"{', '.join(known)} (what {self.optimizer} keeps)"
+        if not known:
+            allowed = f"no momentum.NAME ({self.optimizer} keeps no state without --momentum)"
+        for name, texts in (("quantize", self.quantize), ("site", self.site)):
+            for text in texts:
+                site = text.partition("=")[0]
+                if state_of(site) is not None and site not in known:
+                    raise refused(name, text, allowed, nearest(site, known))
 
     def _check_qtorch(self, rules: dict[str, Rule]) -> None:
         others = "auto, eager, fused"
@@ -194,8 +223,8 @@ class Config:
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
                 raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
         unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
-        if unknown:
-            lacks = "no dynamic loss scale, no choice of layers, no adamw, no compensation"
+        if unknown or any(state_of(site) is not None for site in rules):
+            lacks = "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME"
             raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
 
     @classmethod
@@ -235,7 +264,7 @@ class Config:
         base = format_named(self.precision)
         rules = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
         rules |= dict(site_rule(text, self.rounding) for text in self.site)
-        return {site: rules[site] for site in SITES if site in rules and is_there(site, rules[site])}
+        return effective(rules)
 
     @property
     def label(self) -> str:
@@ -292,14 +321,14 @@ def _convert(f: Field, value: Any) -> Any:
     try:
         return kind.convert(value)
     except SettingError as error:
-        raise refused(f.name, value, kind.allowed, error.nearest) from None
+        raise refused(f.name, value, kind.allowed, error.nearest, error.note) from None
     except (TypeError, ValueError, OverflowError, AttributeError):
         raise refused(f.name, value, kind.allowed) from None
 
 
-def refused(name: str, value: Any, allowed: str, nearest_word: str | None = None) -> ConfigError:
+def refused(name: str, value: Any, allowed: str, nearest_word: str | None = None, note: str = "") -> ConfigError:
     """What is wrong with a setting, by the name of its field."""
-    return ConfigError(flag(name), _shown(value), allowed, nearest_word)
+    return ConfigError(flag(name), _shown(value), allowed, nearest_word, note)
 
 
 def _shown(value: Any) -> str:

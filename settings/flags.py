@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from low_precision import formats
 from low_precision.errors import nearest, shown
-from low_precision.rules import SITES
+from low_precision.rules import SITE_NAMES
 from settings.config import Config, ConfigError, flag
 from settings.recipes import RECIPES, with_recipe
 
@@ -52,7 +52,7 @@ def parser() -> Parser:
     made = Parser(
         prog="main.py",
         description="Train a model while its numbers are rounded to a low-precision format; record what came of it.",
-        epilog=f"Formats: {formats.FORMAT_NAMES}. Sites: {', '.join(SITES)}.",
+        epilog=f"Formats: {formats.FORMAT_NAMES}. Sites: {SITE_NAMES}.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.rounding import ROUNDING_NAMES, rounding_named
-from low_precision.rules import ALL_SITES, SITES, site_rule
+from low_precision.rules import ALL_SITES, SITES, check_site, in_order, is_site, site_rule
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,17 @@ def loss_scale(value: Any) -> float | str:
 
 
 def sites(value: Any) -> tuple[str, ...]:
-    """The chosen sites in the order of SITES, from "all", "none", "weights,errors" or a sequence of names."""
+    """The chosen sites in the order of a step, from "all", "none", "weights,errors" or a sequence of names."""
     if value in ("all", "none"):
         return ALL_SITES if value == "all" else ()
     chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
     for name in chosen:
-        if name not in SITES:
-            raise SettingError(None, shown(value), "", nearest(name, (*SITES, "all", "none")))
+        if not is_site(name) and (near := nearest(name, (*SITES, "all", "none"))) in ("all", "none"):
+            raise SettingError(None, shown(value), "", near)
+        check_site(name)
     if len(set(chosen)) < len(chosen):
         raise ValueError
-    return tuple(site for site in SITES if site in chosen)
+    return tuple(in_order(chosen))
 
 
 def overrides(value: Any) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ All but qtorch give the same bits, so nothing but the time depends on the choice
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import math
 import time
 import warnings
 from types import ModuleType
@@ -14,7 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from low_precision.errors import SettingError, nearest
+from low_precision.engines.tasks import CannotCompile, because
+from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.noise import Key
 from low_precision.rounding import AnyRounding, Overflow
@@ -30,7 +33,7 @@ _spent = 0.0  # seconds in the eager engine, under "auto"
 def check(backend: str) -> None:
     """SettingError for a name that is not allowed."""
     if backend != "auto" and backend not in ENGINES:
-        raise SettingError("backend", repr(backend), f"auto, {', '.join(ENGINES)}", nearest(backend, ENGINES))
+        raise SettingError("backend", shown(backend, repr), f"auto, {', '.join(ENGINES)}", nearest(backend, ENGINES))
 
 
 def quantize(
@@ -43,10 +46,15 @@ def quantize(
     out: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """tensor.quantize, its arguments checked, but for `backend`."""
+    """tensor.quantize of plain tensors (door.is_plain), its arguments checked, but for `backend`."""
     check(backend)
+    if out is not None and not (torch.is_inference_mode_enabled() and out.is_inference()):
+        torch.autograd.graph.increment_version(out)  # not every engine writes by an operation of torch
     if x.numel() == 0 or (format == FLOAT32 and x.dtype != torch.float64):
-        return x.clone() if out is None else out.copy_(x)
+        result = x.clone()
+        return result if out is None else out.copy_(result)
+    if x.itemsize == 2:
+        format = _within(format, x.dtype)
     if backend == "qtorch":
         from low_precision.engines import qtorch
 
@@ -64,11 +72,25 @@ def quantize(
         engine = _or_eager("fused")
     else:
         engine, timed = _load("eager"), True
-    start = time.perf_counter()
-    rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
+    flushes = not _SMALLEST * _ONE
+    if flushes:  # a part of what engines compute with may be subnormal
+        torch.set_flush_denormal(False)
+    start = time.perf_counter() if timed else 0.0
+    try:
+        rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
+    except CannotCompile as error:
+        if backend == "fused" and x.device.type == "cpu":
+            raise
+        rounded = _give_up(engine, error).quantize(x, format, rounding, overflow, key, dim, out)
+    finally:
+        if flushes:
+            torch.set_flush_denormal(True)
     if timed:
         _spent += time.perf_counter() - start
     return rounded
+
+
+_SMALLEST, _ONE = 5e-324, 1.0  # their product is 0 where torch.set_flush_denormal(True) is in force
 
 
 def in_use(backend: str, device: torch.device) -> str:
@@ -86,18 +108,49 @@ def in_use(backend: str, device: torch.device) -> str:
 
 @functools.cache
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{name}")
+    """That engine. CannotCompile where it does not load."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except Exception as error:  # an incomplete or broken installation can raise anything
+        raise CannotCompile(name, because(error)) from error
+
+
+_stand_ins: dict[str, ModuleType] = {}  # what rounds in place of an engine, by its name: itself, or the eager one
+
+
+def _or_eager(name: str) -> ModuleType:
+    """That engine, or with a warning, once, the eager one where it does not load."""
+    if name not in _stand_ins:
+        try:
+            _stand_ins[name] = _load(name)
+        except CannotCompile as error:
+            _warn(name, error)
+            _stand_ins[name] = _load("eager")
+    return _stand_ins[name]
+
+
+def _give_up(engine: ModuleType, error: CannotCompile) -> ModuleType:
+    """The eager engine, from now on in place of this one, which loaded and then could not compile what it needs."""
+    name = engine.__name__.rpartition(".")[2]
+    _warn(name, error)
+    _stand_ins[name] = _load("eager")
+    return _stand_ins[name]
+
+
+def _warn(name: str, error: CannotCompile) -> None:
+    text = f"low_precision: the engine {name} cannot be used ({error.reason}); rounding with the slower eager engine"
+    warnings.warn(text, stacklevel=2)
 
 
 @functools.cache
-def _or_eager(name: str) -> ModuleType:
-    """That engine, or with a warning, once, the eager one where it does not load."""
-    try:
-        return _load(name)
-    except Exception as error:  # an incomplete or broken installation can raise anything
-        told = f"low_precision.engines.{name} does not load ({error}); rounding with the slower eager engine"
-        warnings.warn(told, stacklevel=2)
-        return _load("eager")
+def _within(format: AnyFormat, dtype: torch.dtype) -> AnyFormat:
+    """The format without the values that numbers of that type do not reach: to where infinities saturate.
+
+    A block's scale follows the type anyway; see blocks.narrowed.
+    """
+    if isinstance(format, BlockFormat) or format.largest <= torch.finfo(dtype).max:
+        return format
+    return dataclasses.replace(format, largest=torch.finfo(dtype).max, twos_complement=False)
 
 
 @functools.cache
@@ -116,4 +169,10 @@ def holds(dtype: torch.dtype, format: AnyFormat) -> bool:
         return format.scale is None or dtype == torch.bfloat16  # a scale of NVFP4 may be larger than its block's needs
     if format.largest > limits.max:
         return bool(2.0**-format.mantissa_bits <= limits.eps)
-    return all(float(torch.tensor(value).to(dtype)) == value for value in (format.largest, format.lowest))
+    return all(_is_number(value, limits) for value in (format.largest, format.lowest))
+
+
+def _is_number(value: float, limits: torch.finfo) -> bool:
+    """Whether it is one of the type's, not above its largest. Without tensors, which may be those of a torch mode."""
+    spacing = max(2.0 ** (math.frexp(value)[1] - 1), limits.tiny) * limits.eps
+    return value % spacing == 0

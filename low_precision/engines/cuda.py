@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from low_precision.engines import eager
+from low_precision.blocks import NAN_BITS
+from low_precision.engines import door, eager
 from low_precision.engines.parameters import (
     DOWN,
     FEW_BITS,
@@ -22,6 +23,7 @@ from low_precision.engines.parameters import (
     mode_of,
     parameters,
 )
+from low_precision.engines.tasks import CannotCompile, because
 from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS, Key
 from low_precision.rounding import AnyRounding, Overflow
@@ -34,6 +36,7 @@ _NEAREST, _NEAREST_AWAY, _TOWARD_ZERO = tl.constexpr(NEAREST), tl.constexpr(NEAR
 _UP, _DOWN = tl.constexpr(UP), tl.constexpr(DOWN)
 _STOCHASTIC, _FEW_BITS = tl.constexpr(STOCHASTIC), tl.constexpr(FEW_BITS)
 _MAGNITUDE, _INFINITY, _SIGN = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000), tl.constexpr(0x80000000)
+_NAN_FLOAT16, _NAN_BFLOAT16 = (tl.constexpr(NAN_BITS[dtype] % 2**16) for dtype in (torch.float16, torch.bfloat16))
 _SHIFT_0, _SHIFT_1, _SHIFT_2, _SHIFT_3 = (tl.constexpr(shift) for shift in SHIFTS)
 _MULTIPLIER_0, _MULTIPLIER_1, _MULTIPLIER_2 = (tl.constexpr(multiplier) for multiplier in MULTIPLIERS)
 _MIX_SHIFT_0, _MIX_SHIFT_1, _MIX_SHIFT_2 = (tl.constexpr(shift) for shift in MIX_SHIFTS)
@@ -179,8 +182,13 @@ def _round(
     sign = bits & _SIGN
     if not SIGNED_ZERO:
         sign = tl.where(result == 0, 0, sign)
-    value = (result | sign).to(tl.float32, bitcast=True)
-    tl.store(target + place, value.to(target.dtype.element_ty), inside)
+    value = (result | sign).to(tl.float32, bitcast=True).to(target.dtype.element_ty)
+    if target.dtype.element_ty.primitive_bitwidth == 16:  # see blocks.narrowed
+        bits_of_nan = _NAN_BFLOAT16 if target.dtype.element_ty == tl.bfloat16 else _NAN_FLOAT16
+        not_a_number = tl.full((TILE,), bits_of_nan, tl.uint16)
+        bits_16 = tl.where(magnitude > _INFINITY, not_a_number, value.to(tl.uint16, bitcast=True))
+        value = bits_16.to(target.dtype.element_ty, bitcast=True)
+    tl.store(target + place, value, inside)
 
 
 def quantize(
@@ -199,7 +207,8 @@ def quantize(
     if isinstance(fmt, BlockFormat) or x.dtype == torch.float64:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     result = torch.empty_like(x) if out is None else out
-    if x.stride() == result.stride() and (x.is_contiguous() or images):
+    apart = out is None or door.are_apart(x, out)
+    if apart and x.stride() == result.stride() and (x.is_contiguous() or images):
         _launch(x, result, fmt, rounding, overflow, key, first, not x.is_contiguous())
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
@@ -227,29 +236,32 @@ def _launch(
         index = first + start
         piece = slice(start, min(start + _PIECE, start + 2**32 - index % 2**32))
         count = len(source[piece])
-        _round[(triton.cdiv(count, _TILE),)](
-            source=source[piece],
-            target=target[piece],
-            count=count,
-            first=_signed(index, 32),
-            key=_signed(block_key(key_value, index >> 32), 64),
-            channels=channels,
-            pixels=pixels,
-            MODE=mode_of(rounding),
-            IEEE=overflow is Overflow.INFINITY,
-            CHANNELS_LAST=channels_last,
-            NORMAL_DROP=numbers.normal_drop,
-            LOWEST_LEVEL=numbers.lowest_level,
-            MANTISSA=numbers.mantissa,
-            SAME_BIAS=numbers.same_bias,
-            DEEP_BELOW=numbers.deep_below,
-            LARGEST=numbers.largest,
-            LARGEST_NEGATIVE=numbers.largest_negative,
-            SIGNED_ZERO=numbers.signed_zero,
-            RANDOM_BITS=numbers.random_bits,
-            HALF_OFFSET=numbers.half_offset,
-            TILE=_TILE,
-        )
+        try:
+            _round[(triton.cdiv(count, _TILE),)](
+                source=source[piece],
+                target=target[piece],
+                count=count,
+                first=_signed(index, 32),
+                key=_signed(block_key(key_value, index >> 32), 64),
+                channels=channels,
+                pixels=pixels,
+                MODE=mode_of(rounding),
+                IEEE=overflow is Overflow.INFINITY,
+                CHANNELS_LAST=channels_last,
+                NORMAL_DROP=numbers.normal_drop,
+                LOWEST_LEVEL=numbers.lowest_level,
+                MANTISSA=numbers.mantissa,
+                SAME_BIAS=numbers.same_bias,
+                DEEP_BELOW=numbers.deep_below,
+                LARGEST=numbers.largest,
+                LARGEST_NEGATIVE=numbers.largest_negative,
+                SIGNED_ZERO=numbers.signed_zero,
+                RANDOM_BITS=numbers.random_bits,
+                HALF_OFFSET=numbers.half_offset,
+                TILE=_TILE,
+            )
+        except Exception as error:  # no compiler for what starts a kernel, no folder for Triton's cache, and the like
+            raise CannotCompile("cuda", because(error)) from error
         start = piece.stop
 
 

@@ -72,7 +72,7 @@ def quantize(
             result = rounded.as_strided(x.shape, x.stride())
         else:  # copy_ keeps the layout of x, e.g. channels_last
             result = torch.empty_like(x).copy_(rounded.view(x.shape))
-        result = result.to(dtype)
+        result = blocks.narrowed(result, dtype)
     return result if out is None else out.copy_(result)
 
 
@@ -86,9 +86,14 @@ def _quantize_blocks(x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Ke
     type_largest = torch.finfo(x.dtype).max
     scales = blocks.scales(blocks.maxima(rows, type_largest), fmt, type_largest)  # (blocks, 1)
     scaled = rows.double() / scales
+    if rows.dtype == torch.float64:
+        # A quotient too small for float64 is far below the smallest element. So is float64's smallest normal number,
+        # which becomes the same: zero, or the smallest element upwards.
+        least = torch.finfo(torch.float64).tiny
+        scaled = torch.where((rows != 0) & (scaled.abs() < least), rows.sign() * least, scaled)
     first = _first(key, x, rows.numel())
     rounded = _round(scaled.reshape(-1), fmt.element, rounding, Overflow.SATURATE, key, first).view(rows.shape)
-    return blocks.restore((rounded * scales).to(x.dtype), x, fmt, dim)
+    return blocks.restore(blocks.narrowed(blocks.reached(rounded * scales, fmt, x.dtype), x.dtype), x, fmt, dim)
 
 
 def _first(key: Key | None, x: Tensor, elements: int) -> int:

@@ -21,7 +21,7 @@ from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from low_precision import blocks
-from low_precision.engines import eager, loops, loops64
+from low_precision.engines import door, eager, loops, loops64
 from low_precision.engines.group import GROUP
 from low_precision.engines.parameters import Parameters, bits, bits64, mode_of, parameters, parameters64
 from low_precision.engines.tasks import BlocksTask, ImagesTask, MaximaTask, RoundingTask, ScaledTask, Task
@@ -54,12 +54,13 @@ def quantize(
         return _quantize_float64(x, fmt, rounding, infinity, key, first, out)
     stored = _stored(fmt, rounding)
     result = torch.empty_like(x) if out is None else out
-    if x.is_contiguous() and result.is_contiguous():
+    apart = out is None or door.are_apart(x, out)
+    if apart and x.is_contiguous() and result.is_contiguous():
         _flat(stored, infinity, x, result, key, first)
-    elif key is None and x.stride() == result.stride() and _is_dense(x):  # then an element's index does not matter
+    elif apart and key is None and x.stride() == result.stride() and _is_dense(x):  # then no element's index matters
         source, target = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (x, result))
         _flat(stored, infinity, source, target, key, first)
-    elif key is not None and _is_of_images(x, result) and first + x.numel() <= 2**32:
+    elif apart and key is not None and _is_of_images(x, result) and first + x.numel() <= 2**32:
         _channels_last(stored, infinity, x, result, key, first)
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
@@ -104,7 +105,9 @@ def _flat(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, 
     for start in range(0, len(flat), _HALVES):
         numbers = flat[start : start + _HALVES].float()
         _flat(stored, infinity, numbers, numbers, key, first + start)
-        rounded[start : start + _HALVES].copy_(numbers)
+        narrow = rounded[start : start + _HALVES].copy_(numbers)
+        if blocks.may_have_nan(numbers):
+            narrow.copy_(blocks.narrowed(numbers, x.dtype))
 
 
 def _channels_last(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, key: Key, first: int) -> None:
@@ -165,7 +168,7 @@ def _quantize_blocks(
 ) -> Tensor:
     rows = blocks.rows(x, fmt, dim)
     first = key.first_element(len(x), rows.numel()) if key and key.first_row else 0
-    if x.dtype == torch.float64 or first + rows.numel() > 2**32:
+    if x.dtype == torch.float64 or first + rows.numel() > 2**32 or (fmt.scale and not _holds(x.dtype, fmt)):
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
     rows, type_largest = rows.float(), torch.finfo(x.dtype).max
     rounded: Tensor | None
@@ -177,8 +180,17 @@ def _quantize_blocks(
         rounded = _blocks(rows, fmt.element, rounding, key, first, type_largest)
     if rounded is None:
         return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
-    result = blocks.restore(rounded.to(x.dtype), x, fmt, dim)
+    if x.dtype != torch.float32:
+        rounded = blocks.narrowed(blocks.reached(rounded, fmt, x.dtype), x.dtype)
+    result = blocks.restore(rounded, x, fmt, dim)
     return result if out is None else out.copy_(result)
+
+
+def _holds(dtype: torch.dtype, fmt: BlockFormat) -> bool:
+    """Whether the type has all digits of an element times a scale, or is float32, to which the kernel rounds it."""
+    assert fmt.scale is not None
+    digits = (fmt.element.mantissa_bits + 1) + (fmt.scale.mantissa_bits + 1)
+    return bool(dtype == torch.float32 or 2.0 ** (1 - digits) >= torch.finfo(dtype).eps)
 
 
 def _blocks(
@@ -247,7 +259,7 @@ def _scaled(
 def _maxima(rows: Tensor, type_largest: float) -> Tensor:
     """blocks.maxima of float32 numbers: (blocks,)."""
     count, length = rows.shape
-    maxima = torch.empty(count)
+    maxima = torch.empty(count, dtype=torch.float32, device="cpu")
     task = MaximaTask(
         source=rows.data_ptr(),
         target=maxima.data_ptr(),

@@ -6,19 +6,24 @@ loops of 32 bits use the operations below, each of which is one instruction of L
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import pickle
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cfunc, njit, types, uint32, uint64
+from numba import njit, types, uint32, uint64
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
 from low_precision import noise
-from low_precision.engines.tasks import Task, field_names
+from low_precision.engines.tasks import CannotCompile, Task, because, field_names
 from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS
 
 _I32, _I64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
@@ -38,10 +43,81 @@ def kernel(function: Callable[[int], None]) -> CFunc:
 
     numba caches machine code by the function's name, and compiles it again when the function's own file has changed,
     but not when a file has from which that imports. So the digest of all these files becomes a part of the name.
+    Where there is no place for a cache, the function is compiled without. CannotCompile where that fails.
     """
     function.__qualname__ += f"-{_DIGEST}"
-    options: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "cache": True}
-    return cfunc("void(int64)", **options)(function)
+    signature = ((types.int64,), types.void)
+    compiled = _Kernel(function, signature, locals={}, options={"error_model": "numpy", "boundscheck": False})
+    try:
+        compiled.enable_caching()
+    except Exception as error:  # numba finds no folder that it can write to
+        _warn_of_cache(error)
+    try:
+        compiled.compile()
+    except Exception as error:
+        raise CannotCompile("fused", because(error)) from error
+    return compiled
+
+
+class _Kernel(CFunc):
+    """numba.cfunc's class, with a cache that may fail."""
+
+    def enable_caching(self) -> None:
+        self._cache = _Cache(self.__wrapped__)
+
+
+class _CheckedCode(CompileResultCacheImpl):
+    """Machine code as numba stores it, with a digest: damaged code would end the process, not raise an error."""
+
+    def reduce(self, compiled: Any) -> tuple[bytes, bytes]:
+        code = dumps(super().reduce(compiled))
+        return _digest(code), code
+
+    def rebuild(self, target_context: Any, stored: tuple[bytes, bytes]) -> Any:
+        digest, code = stored
+        if _digest(code) != digest:
+            raise ValueError("its digest is another one")
+        return super().rebuild(target_context, pickle.loads(code))
+
+
+class _Cache(FunctionCache):
+    """numba's cache of one function. What fails in it costs a compilation, and not the run."""
+
+    _impl_class = _CheckedCode
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception as error:  # a file that is cut off or damaged can raise anything
+            _warn_of_cache(error)
+            with contextlib.suppress(Exception):
+                self.flush()  # so that it is made anew
+            return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        try:
+            super().save_overload(signature, compiled)
+        except Exception as error:  # a full disk, a folder that is gone or cannot be written to any more
+            _warn_of_cache(error)
+
+
+def _digest(code: bytes) -> bytes:
+    return hashlib.blake2b(code, digest_size=16).digest()
+
+
+_has_warned = False
+
+
+def _warn_of_cache(error: BaseException) -> None:
+    """A warning, once a process, that compiled code is not cached."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        text = (
+            f"low_precision: numba's cache of compiled loops fails ({because(error)}); they are compiled anew, some "
+            "seconds in each process, until it works (the environment variable NUMBA_CACHE_DIR names its folder)"
+        )
+        warnings.warn(text, stacklevel=2)
 
 
 # A function of one's own that becomes part of the loop which calls it, so that nothing stands in the way of vector

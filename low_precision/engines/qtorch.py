@@ -39,7 +39,10 @@ def to_qtorch(format: Format | BlockFormat) -> qtorch.number.Number:
 
 
 def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
-    """The format of the same values: a named one where there is one, else "qtorch_eXmY". ValueError where none is."""
+    """The format of the same values: a named one where there is one, else "qtorch_eXmY".
+
+    ValueError where none is: for an exponent of 8 bits, fixed point without clamping, blocks along another dimension.
+    """
     if isinstance(number, qtorch.FixedPoint):
         if not number.clamp:
             raise ValueError(f"given {number} without clamping, allowed: clamp=True")
@@ -56,6 +59,8 @@ def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
             "qtorch"
         ):
             return format
+    if number.exp > 7:  # the top exponent of 8 bits holds numbers in qtorch, and none in float32
+        raise ValueError(f"given {number}, allowed: at most 7 bits of exponent, so that its values are float32 numbers")
     bias = 2 ** (number.exp - 1) - 1
     largest = 2.0 ** (bias + 1) * (2 - 2.0**-number.man)
     name = f"qtorch_e{number.exp}m{number.man}"

@@ -12,6 +12,27 @@ from typing import TypeVar, dataclass_transform
 _Structure = TypeVar("_Structure", bound=type[ctypes.Structure])
 
 
+class CannotCompile(RuntimeError):
+    """An engine does not load on this machine, or cannot compile what it needs."""
+
+    def __init__(self, engine: str, reason: str) -> None:
+        """engine: its name. reason: what happened, as `because` has it."""
+        super().__init__(engine, reason)  # as they are, so that pickle can make it again
+        self.engine, self.reason = engine, reason
+
+    def __str__(self) -> str:
+        return f"backend: given {self.engine}, which cannot be used here ({self.reason}), allowed: auto, eager"
+
+
+def because(error: BaseException) -> str:
+    """The error in one line that is not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+
+
+_LONGEST_REASON = 300  # characters
+
+
 @dataclass_transform(kw_only_default=True)
 def _of_int64(structure: _Structure) -> _Structure:
     """The fields that a class names by its annotations, after those of its base, each a whole number of 64 bits."""

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import torch
 
+from low_precision.blocks import NAN_BITS
 from low_precision.formats import BLOCKS, format_named
 from low_precision.rounding import FewBits, Rounding
 from low_precision.tensor import quantize
@@ -193,6 +194,101 @@ def test_nvfp4_against_exact_arithmetic(rounding):
                 result = oracles.round_exactly(Fraction(v) / scale, fmt.element, Rounding(rounding))[0]
                 expected.append(float(max(-6, min(6, result)) * scale))
         assert ours(x, "nvfp4", rounding).ravel().tolist() == expected
+
+
+def floor_log2_exactly(x: Fraction) -> int:
+    exponent = x.numerator.bit_length() - x.denominator.bit_length()
+    return exponent if Fraction(2) ** exponent <= x else exponent - 1
+
+
+def scale_exactly(amax: Fraction, largest_in_tensor: Fraction, fmt, type_largest: float) -> Fraction:
+    """BlockFormat's scale of a block, and blocks.counted and tensor_scale where it is a number of a format."""
+    if amax == 0:
+        return Fraction(1)
+    if fmt.scale is None:
+        return Fraction(2) ** min(max(floor_log2_exactly(amax) - floor_log2(fmt.element.largest), -127), 127)
+    counted, element = Fraction(type_largest) * Fraction(15, 16), Fraction(fmt.element.largest)
+    tensor = min(largest_in_tensor, counted) / element / Fraction(fmt.scale.largest)
+    exponent = floor_log2_exactly(tensor)
+    tensor = Fraction(2) ** min(max(exponent + (Fraction(2) ** exponent < tensor), -120), 127)
+    wanted = max(min(amax, counted) / element / tensor, Fraction(fmt.scale.smallest_subnormal))
+    return min(oracles.round_exactly(wanted, fmt.scale, Rounding.NEAREST)[0], Fraction(fmt.scale.largest)) * tensor
+
+
+def extremes(dtype: type) -> list[np.ndarray]:
+    """Rows of 32 numbers from one end of the type to the other, whose blocks hold both, or one of them alone."""
+    generator, limits = np.random.default_rng(12), np.finfo(dtype)
+    low, high = math.frexp(float(limits.smallest_subnormal))[1], math.frexp(float(limits.max))[1]
+    ranges = [(low, high), (low, low + 9), (high - 9, high), (-150, -100), (100, 128)]
+    rows = [generator.integers(*(end + 1 for end in some), size=32) for some in ranges]
+    rows += [
+        np.where(np.arange(32) % 2, rows[1], generator.integers(-20, 20, 32)),
+        np.where(np.arange(32) % 2, *rows[1:3]),
+    ]
+    with np.errstate(over="ignore", under="ignore"):
+        rows = [
+            np.ldexp(generator.uniform(0.5, 1, 32) * generator.choice([-1, 1], 32), row).astype(dtype) for row in rows
+        ]
+    rows = [np.clip(row, -limits.max, limits.max) for row in rows]
+    alone = np.zeros(32, dtype)
+    alone[3], alone[20], rows[3][5] = limits.smallest_subnormal, -limits.smallest_subnormal, limits.max
+    return [*rows, alone]
+
+
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp4", "mxint8", "nvfp4", "bfp3", "bfp8", "bfp24"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_extreme_blocks_against_exact_arithmetic(name, dtype):
+    """Quotients that are no numbers of float64 too: upwards, the smallest number becomes the smallest element."""
+    fmt, type_largest = format_named(name), float(np.finfo(dtype).max)
+    size = fmt.block if isinstance(fmt.block, int) else 32
+    for row in extremes(dtype):
+        exact = [Fraction(float(x)) for x in row]
+        scales = [
+            scale_exactly(max(map(abs, exact[start : start + size])), max(map(abs, exact)), fmt, type_largest)
+            for start in range(0, 32, size)
+        ]
+        for rounding in MODES:
+            expected = []
+            for place, x in enumerate(exact):
+                quotient = x / scales[place // size]
+                if 0 < abs(quotient) < Fraction(2) ** -1000:  # the oracle asks for a number of float64
+                    quotient = Fraction(2) ** -1000 * (1 if quotient > 0 else -1)
+                element = oracles.round_exactly(quotient, fmt.element, Rounding(rounding))[0]
+                limit = Fraction(fmt.element.largest)
+                expected.append(float(max(-limit, min(limit, element)) * scales[place // size]))
+            for backend in ("eager", "fused"):
+                rounded = quantize(torch.from_numpy(row.copy()), name, rounding, backend=backend)
+                assert rounded.tolist() == expected, (row, rounding, backend)
+
+
+def test_the_smallest_number_upwards_is_the_smallest_element():
+    x = torch.tensor([1024.0, 5e-324], dtype=torch.float64)
+    assert quantize(x, "mxfp8_e4m3", "up").tolist() == [1024.0, 2.0**-7]
+    assert quantize(-x, "mxfp8_e4m3", "down").tolist() == [-1024.0, -(2.0**-7)]
+    for rounding in ("nearest", "toward_zero", "down", "stochastic", "stochastic:8", "stochastic:8:half"):
+        assert quantize(x, "mxfp8_e4m3", rounding, 3).tolist() == [1024.0, 0.0]
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "bfp8", "bfp8_row", "bfp8_column", "bfp24"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_infinities_saturate_and_nan_has_the_same_bits(name, dtype):
+    """In every engine, at every place: torch's conversions to two bytes treat the last few numbers otherwise."""
+    if name == "nvfp4" and dtype == torch.float16:
+        return
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    x = torch.from_numpy(random(37, 33, seed=13)).to(dtype)
+    x[::2, ::3], x[::3, 1::5] = math.nan, -math.nan
+    x[5, 7], x[6, 8] = math.inf, -math.inf
+    slow, quick = (quantize(x, name, backend=backend) for backend in ("eager", "fused"))
+    assert torch.equal(slow.view(whole), quick.view(whole))
+    assert slow[5, 7] > torch.finfo(dtype).max * 0.7 or dtype == torch.float64  # whose largest scale is 2**127
+    assert slow[6, 8] == -slow[5, 7]
+    assert not slow.isinf().any()
+    not_numbers = slow.view(whole)[x.isnan()]
+    if dtype.itemsize > 2:
+        assert torch.equal(not_numbers, torch.where(x.signbit(), -1, torch.iinfo(whole).max).to(whole)[x.isnan()])
+    else:
+        assert (not_numbers == NAN_BITS[dtype]).all()
 
 
 @pytest.mark.parametrize("name", [*BLOCKS, "bfp8", "bfp8_row", "bfp8_column"])

@@ -160,7 +160,7 @@ def replicate(model: nn.Module, index: int) -> nn.Module:
 
 
 def test_replicas_round_with_noise_of_their_own_in_whatever_order_they_run(monkeypatch):
-    monkeypatch.setattr(layers, "_replica", lambda layer, x: getattr(layer, "index", 0))
+    monkeypatch.setattr(layers, "replica_of", lambda layer, x: getattr(layer, "index", 0))
     x, _ = batch("mlp", n=64)
     met = []
     for order in ([0, 1], [1, 0], "at once"):
@@ -176,7 +176,7 @@ def test_replicas_round_with_noise_of_their_own_in_whatever_order_they_run(monke
         assert holds(outputs[0], FLOAT8)
         assert not torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[0], everything()[0](x))  # the first is as the model itself would be
-        (outputs[0] + outputs[1]).square().sum().backward()
+        optimizer.loss_scale.scale((outputs[0] + outputs[1]).square().sum()).backward()
         assert all(p.grad is not None for p in model.parameters())
         met.append([outputs[0].detach(), outputs[1].detach(), *(p.grad for p in model.parameters())])
     assert equal(met[0], met[1])
@@ -188,10 +188,10 @@ def test_replicas_round_with_noise_of_their_own_in_whatever_order_they_run(monke
 def test_a_replica_is_told_by_its_device():
     layer = nn.Linear(2, 2)
     x = SimpleNamespace(device=torch.device("cuda", 3))
-    assert layers._replica(layer, x) == 0  # the noise of a model does not depend on the device that it is on
+    assert layers.replica_of(layer, x) == 0  # the noise of a model does not depend on the device that it is on
     replica = layer._replicate_for_data_parallel()
-    assert layers._replica(replica, x) == 3
-    assert layers._replica(replica, torch.ones(1)) == 0
+    assert layers.replica_of(replica, x) == 3
+    assert layers.replica_of(replica, torch.ones(1)) == 0
 
 
 def test_overflows_on_several_devices_are_all_found():
@@ -295,7 +295,6 @@ CHANGES = {
     "replaced": lambda model: setattr(model, "output", nn.Linear(8, 4)),
     "a batch norm": lambda model: model.append(nn.BatchNorm1d(3)),
     "a parameter": lambda model: setattr(model.output, "bias", nn.Parameter(torch.full((3,), 0.3))),
-    "reparametrized": lambda model: nn.utils.parametrizations.weight_norm(model.output),
 }
 
 
@@ -329,6 +328,16 @@ def test_what_is_added_later_is_an_error_and_then_rounded(change):
     model(x)
     assert all(holds(tensor, FLOAT8) for tensor in seen)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a replaced layer's old shape is forgotten
+
+
+def test_weights_that_are_computed_from_others_later_are_refused():
+    model, optimizer = everything()
+    nn.utils.parametrizations.weight_norm(model.output)
+    for use in (lambda: model(batch()[0]), optimizer.step):
+        with pytest.raises(RuntimeError, match="added or replaced"):
+            use()
+    with pytest.raises(ValueError, match=r"weights: output .* computes its weight from other parameters"):
+        quantize_model(model)
 
 
 def test_what_no_pattern_asks_for_may_come_and_go():

@@ -383,3 +383,18 @@ def test_kernels_are_made_of_files_whose_change_is_noticed():
         modules = re.findall(r"^(?:from|import) (low_precision\S*)(?: import (\w+))?", source, re.MULTILINE)
         for module, member in modules:
             assert module.startswith("low_precision.engines.") or f"{module}.{member}".startswith("low_precision.noise")
+
+
+def test_qtorchs_formats_and_ours():
+    """There and back; and an exponent of 8 bits, whose largest number is none of float32's, is refused."""
+    qtorch = pytest.importorskip("qtorch")
+    from low_precision.engines.qtorch import from_qtorch, to_qtorch
+
+    for man in range(1, 24):
+        for exp in range(1, 8):
+            format = from_qtorch(qtorch.FloatingPoint(exp=exp, man=man))
+            assert format.largest == 2.0 ** (2 ** (exp - 1)) * (2 - 2.0**-man)
+            assert (to_qtorch(format).exp, to_qtorch(format).man) == (exp, man)
+            assert same(*both(numbers()["any"][:600], format, Rounding.NEAREST))
+        with pytest.raises(ValueError, match=r"^given FloatingPoint .*, allowed: at most 7 bits of exponent"):
+            from_qtorch(qtorch.FloatingPoint(exp=8, man=man))

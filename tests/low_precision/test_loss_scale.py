@@ -1,11 +1,13 @@
 """Loss scaling: it is divided out, finds what overflows, skips that step, and grows again."""
 
 import math
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from training_helpers import (
     FLOAT8,
     OPTIMIZERS,
@@ -25,6 +27,7 @@ from low_precision.loss_scale import LossScale
 from low_precision.model import LowPrecision
 from low_precision.rules import ALL_SITES
 from low_precision.scheme import Scheme
+from low_precision.wrap import quantize_model, quantize_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,12 +98,12 @@ def test_dynamic_errors_that_saturate_are_found(bad):
     """The gradients are finite there: the saturated errors hide it."""
     model, optimizer = rounded_mlp(rules(["errors"]), scale="dynamic")
     before = parameters(model)
-    (model(batch("mlp")[0]) * bad).sum().backward()
+    optimizer.loss_scale.scale((model(batch("mlp")[0]) * (bad / 65536)).sum()).backward()
     optimizer.step()
     assert (optimizer.loss_scale.value, optimizer.loss_scale.skipped) == (32768, 1)
     assert equal(parameters(model), before)
     optimizer.zero_grad()
-    model(batch("mlp")[0]).sum().backward()  # the next step does not suffer for it
+    optimizer.loss_scale.scale(model(batch("mlp")[0]).sum() / 65536).backward()  # the next step does not suffer for it
     optimizer.step()
     assert (optimizer.loss_scale.value, optimizer.loss_scale.skipped) == (32768, 1)
     assert not equal(parameters(model), before)
@@ -157,3 +160,133 @@ def test_a_diverged_run_looks_diverged():
     optimizer.step()
     assert all(p.isnan().any() for p in model.parameters())
     assert math.isnan(F.cross_entropy(model(x), y).item())
+
+
+# Whose pass it is
+
+
+SCALES = [1.0, 1024.0, "dynamic"]
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def two_layers(scale: float | str = 1024.0, seed: int = 1, errors: str | None = "float8_e4m3fn", make=None):
+    """A model and its optimizer with a loss scale."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    quantize_model(model, errors=errors, seed=1)
+    optimizer = (make or (lambda p: torch.optim.SGD(p, 0.1)))(model.parameters())
+    return model, quantize_optimizer(optimizer, model, loss_scale=scale)
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return model(X).square().mean()
+
+
+def backward(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
+    optimizer.loss_scale.scale(loss_of(model) * factor).backward()
+
+
+@pytest.mark.parametrize("generators", SCALES)
+@pytest.mark.parametrize("discriminators", SCALES)
+@pytest.mark.parametrize("generator_first", [True, False])
+def test_the_two_models_of_a_gan(generators, discriminators, generator_first):
+    """No optimizer pays for the other's overflows, and neither's gradients are the other's."""
+    torch.manual_seed(0)
+    generator = nn.Linear(4, 8)
+    discriminator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizers = []
+    for model, scale in ((generator, generators), (discriminator, discriminators)):
+        quantize_model(model, errors="float8_e4m3fn")
+        optimizers.append(quantize_optimizer(torch.optim.SGD(model.parameters(), 1e-3), model, loss_scale=scale))
+    for _ in range(10):
+        fake = generator(torch.randn(64, 4))
+        made = [lambda f=fake: -discriminator(f).mean(), lambda f=fake: discriminator(f.detach()).mean()]
+        steps = [*zip(optimizers, made, strict=True)]
+        for optimizer, loss in steps if generator_first else reversed(steps):
+            optimizer.zero_grad()
+            optimizer.loss_scale.scale(loss()).backward()
+            optimizer.step()
+    # Errors of a mean of 64 are 1/64 at the output: at 65536 / 4 they are 256, which the format reaches.
+    assert [o.loss_scale.skipped for o in optimizers] == [2 * (s == "dynamic") for s in (generators, discriminators)]
+
+
+@pytest.mark.parametrize("going_back", ["dynamic", "stepping"])
+def test_threads_keep_their_overflows(going_back):
+    """In the middle of one backward pass another thread overflows without a scale, or takes a step."""
+    model, optimizer = two_layers("dynamic")
+    other, other_optimizer = two_layers("dynamic" if going_back == "stepping" else 1.0, seed=2)
+    if going_back == "stepping":
+        backward(other, other_optimizer, 1e-3)
+    does = other_optimizer.step if going_back == "stepping" else (other(X) * 1e30).sum().backward
+
+    def meanwhile(gradient: torch.Tensor) -> None:
+        thread = threading.Thread(target=does)
+        thread.start()
+        thread.join()
+
+    y = model(X)
+    # The overflow of the error comes after what the other thread does, and the gradients stay finite.
+    y = y * (1e30 if going_back == "stepping" else 1e-6)
+    y.register_hook(meanwhile)
+    optimizer.loss_scale.scale(y.sum()).backward()
+    optimizer.step()
+    assert optimizer.loss_scale.skipped == (going_back == "stepping")
+    assert other_optimizer.loss_scale.skipped == 0
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ZeroDivisionError
+
+
+def test_a_backward_pass_that_fails_ends():
+    """What comes after it is not taken for a part of it."""
+    model, optimizer = two_layers("dynamic")
+    with pytest.raises(ZeroDivisionError):
+        optimizer.loss_scale.scale(Fails.apply(model(X)).sum()).backward()
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="not scaled"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model, optimizer, 1e-3)
+    optimizer.step()
+    assert optimizer.loss_scale.skipped == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_overflows_in_a_checkpointed_part(reentrant):
+    """Activation checkpointing goes back in a pass within the pass."""
+    for factor, skipped in ((1e30, 1), (1e-6, 0)):
+        model, optimizer = two_layers("dynamic")
+        y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=reentrant)
+        optimizer.loss_scale.scale((y * factor).sum()).backward()
+        optimizer.step()
+        assert optimizer.loss_scale.skipped == skipped
+
+
+@pytest.mark.parametrize("scale", [1024.0, "dynamic"])
+@pytest.mark.parametrize("what", ["penalty", "two losses", "added"])
+def test_the_scale_makes_no_difference(what, scale):
+    """To a gradient penalty, to losses that go back together, to losses that are added up."""
+    met = []
+    for used in (1.0, scale):
+        model, optimizer = two_layers(used, errors=None)
+        scaled = optimizer.loss_scale.scale
+        if what == "penalty":
+            x = X.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(scaled(model(x).sum()), x, create_graph=True)
+            penalty = (gradient / optimizer.loss_scale.value).norm(dim=1).sub(1).square().mean()
+            scaled(loss_of(model) + penalty).backward()
+        elif what == "two losses":
+            torch.autograd.backward([scaled(loss_of(model)), scaled(model(X + 1).mean())])
+        else:
+            scaled(loss_of(model)).backward()
+            scaled(model(X + 1).mean()).backward()
+        optimizer.step()
+        met.append(parameters(model))
+    assert equal(*met)  # powers of two

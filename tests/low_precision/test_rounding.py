@@ -11,7 +11,8 @@ import oracles
 import pytest
 import torch
 
-from low_precision.formats import NAMED, format_named
+from low_precision.errors import SettingError
+from low_precision.formats import NAMED, Format, format_named
 from low_precision.rounding import Overflow, Rounding
 from low_precision.tensor import quantize
 
@@ -76,6 +77,44 @@ def test_wide_formats_against_exact_arithmetic(name, rounding):
     ]
     ours = rounded(x, fmt, rounding)
     assert oracles.same_bits(ours, expected).all(), disagreement(x, ours, np.float32(expected))
+
+
+def formats_of_ones_own(count: int, seed: int) -> list[Format]:
+    """Any that Format takes: at the edges of its limits, and in between."""
+    random, made = np.random.default_rng(seed), []
+    while len(made) < count:
+        exponent_bits, mantissa_bits = int(random.integers(0, 9)), int(random.integers(1, 24))
+        edges = (-126, 127 - mantissa_bits, 127, 2 ** max(exponent_bits - 1, 0) - 1, int(random.integers(-50, 100)))
+        bias = edges[random.integers(len(edges))]
+        exponent = int(random.integers(1 - bias, 127)) if bias > -126 else 127
+        largest = math.ldexp(int(random.integers(1, 2 ** (mantissa_bits + 1))), exponent - mantissa_bits)
+        more_below = bool(random.integers(2))
+        widths = exponent_bits, mantissa_bits, bias, largest
+        try:
+            made.append(Format("own", *widths, False, True, not more_below, "", twos_complement=more_below))
+        except SettingError:
+            continue
+    return made
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+@pytest.mark.parametrize("rounding", DIRECTED)
+def test_formats_of_ones_own_against_exact_arithmetic(rounding, backend):
+    for fmt in formats_of_ones_own(60, seed=12):
+        random = np.random.default_rng(13)
+        lowest = min(max(-149, 1 - fmt.bias - fmt.mantissa_bits - 3), 100)
+        near = np.ldexp(random.uniform(1, 2, 40), random.integers(lowest, 127, 40)).astype(np.float32)
+        ties = np.ldexp(random.integers(1, 2**11, 40), random.integers(lowest, min(lowest + 60, 116), 40))
+        limits = [fmt.largest, -fmt.lowest, fmt.smallest_normal, fmt.smallest_subnormal / 2]
+        x = np.concatenate([near, ties.astype(np.float32), np.float32(limits)])
+        x = np.concatenate([x, np.nextafter(x, np.float32(0)), -x])
+        expected = []
+        for value in map(float, x):
+            limit = fmt.largest if value > 0 else -fmt.lowest
+            result = math.copysign(min(abs(float(oracles.round_exactly(value, fmt, rounding)[0])), limit), value)
+            expected.append(0.0 if result == 0 and not fmt.has_negative_zero else result)
+        ours = quantize(torch.from_numpy(x), fmt, rounding, backend=backend).numpy()
+        assert oracles.same_bits(ours, expected).all(), (vars(fmt), disagreement(x, ours, np.float32(expected)))
 
 
 @pytest.mark.parametrize("name", [*(n for n in SMALL if hasattr(ml_dtypes, n)), "bfloat16", "fp16"])
@@ -274,3 +313,23 @@ def test_nearest_against_qtorch(name):
     assert compared.mean() > 0.99
     wrong = compared & ~oracles.same_bits(ours + np.float32(0), theirs + np.float32(0))
     assert not wrong.any(), disagreement(x[wrong], ours[wrong], theirs[wrong])
+
+
+@pytest.mark.parametrize("value", [3, None, b"up", ["up"], torch.float16, True], ids=repr)
+@pytest.mark.parametrize("name", ["format", "rounding", "overflow"])
+def test_an_argument_of_another_type_is_named(name, value):
+    """None of them is taken for a rounding: an unknown one would be rounded down."""
+    arguments = {"format": "fp16", "rounding": "nearest", "overflow": "saturate"} | {name: value}
+    with pytest.raises(TypeError, match=f"{name}: given .*allowed: "):
+        quantize(torch.ones(3), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "near"),
+    [("format", "Float8", "float8"), ("rounding", "nearest ", "nearest"), ("overflow", "infinte", "infinity")],
+)
+def test_an_unknown_word_gets_the_nearest(name, word, near):
+    arguments = {"format": "fp16", "rounding": "nearest", "overflow": "saturate"} | {name: word}
+    with pytest.raises(SettingError) as caught:
+        quantize(torch.ones(3), **arguments)
+    assert (caught.value.setting, caught.value.nearest) == (name, near)

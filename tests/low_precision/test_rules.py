@@ -3,15 +3,32 @@
 import copy
 import itertools
 import pickle
+import re
 
 import pytest
+import torch
 
 import low_precision as lp
 from low_precision import rules
-from low_precision.errors import SettingError, nearest, shown
+from low_precision.errors import MOST_SHOWN, SettingError, nearest, shown
 from low_precision.formats import ALIASES, BLOCKS, FLOAT32, NAMED, format_named
-from low_precision.rounding import FewBits, Overflow, Rounding, rounding_named
-from low_precision.rules import ALL_SITES, SITES, Rule, check_rules, is_there, rule_of, site_rule
+from low_precision.rounding import FewBits, Overflow, Rounding, overflow_named, rounding_named
+from low_precision.rules import (
+    ALL_SITES,
+    COUNTS,
+    SITES,
+    STATES,
+    Rule,
+    check_rules,
+    effective,
+    in_order,
+    is_site,
+    is_there,
+    momentum_rule,
+    rule_of,
+    site_rule,
+    state_of,
+)
 
 ANY_WIDTH = ["e2m0", "e8m23", "e4m3", "fixed8.4", "fixed2.0", "fixed25.126s", "bfp2", "bfp24_row", "bfp8_column"]
 FORMATS = [format_named(name) for name in (*NAMED, *BLOCKS, *ANY_WIDTH)]
@@ -53,13 +70,98 @@ def test_sites_and_their_rules():
         assert is_there(site, rule_of("float32")) == (site in rules.ADDED_SITES)
 
 
+# momentum.NAME: one state of the optimizer
+
+
+def test_a_state_of_the_optimizer_is_a_site():
+    for name in ("momentum.exp_avg_sq", "momentum.momentum_buffer", "momentum.whatever_2", "momentum.état"):
+        assert is_site(name)
+        assert state_of(name) == name.removeprefix("momentum.")
+        assert site_rule(f"{name}=bfloat16:up") == (name, rule_of("bfloat16:up"))
+        check_rules({name: rule_of("float8")}, Overflow.SATURATE)
+    for wrong in (
+        "momentum.",
+        "momentum.a b",
+        "momentum.a.b",
+        "momentum.2",
+        "momentum.a-b",
+        " momentum.a",
+        "Momentum.a",
+    ):
+        assert not is_site(wrong)
+    for wrong in ("weights.a", ".a", "", 3, None, ("momentum",)):
+        assert not is_site(wrong)
+    assert [state_of(site) for site in SITES] == [None] * len(SITES)
+
+
+def test_a_states_rule_goes_before_momentums():
+    wide, narrow = rule_of("bfloat16"), rule_of("float8")
+    both = {"momentum": narrow, "momentum.exp_avg_sq": wide}
+    assert momentum_rule(both, "exp_avg_sq") is wide
+    assert momentum_rule(both, "exp_avg") is narrow
+    assert momentum_rule({"momentum.exp_avg_sq": wide}, "exp_avg") is None
+    assert momentum_rule({}, "exp_avg") is None
+
+
+def test_the_order_of_sites():
+    made = in_order({"momentum.b", "accumulator", "momentum", "weights", "momentum.a", "gradients"})
+    assert made == ["weights", "gradients", "momentum", "momentum.a", "momentum.b", "accumulator"]
+    assert in_order(reversed(SITES)) == list(SITES)
+
+
+@pytest.mark.parametrize(
+    ("made", "left"),
+    [
+        ({}, {}),
+        ({"weights": "float32"}, {}),
+        ({"accumulator": "float32", "weights": "float8"}, {"weights": "float8", "accumulator": "float32"}),
+        ({"momentum.a": "float8"}, {"momentum.a": "float8"}),
+        ({"momentum.a": "float32"}, {}),  # nothing is rounded anyway
+        ({"momentum": "float32", "momentum.a": "float32"}, {}),
+        ({"momentum.a": "float32", "momentum": "float8"}, {"momentum": "float8", "momentum.a": "float32"}),
+        ({"momentum": "float8", "momentum.a": "float8"}, {"momentum": "float8"}),
+        ({"momentum": "float8", "momentum.a": "float8:up"}, {"momentum": "float8", "momentum.a": "float8:up"}),
+    ],
+)
+def test_the_rules_that_make_a_difference(made, left):
+    effective_rules = effective({site: rule_of(spec) for site, spec in made.items()})
+    assert list(effective_rules.items()) == [(site, rule_of(spec)) for site, spec in left.items()]
+
+
+def states_of(kind: type[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """The tensors that it keeps of a matrix and of a vector, by their names, in all variants that it has."""
+    states: dict[str, torch.Tensor] = {}
+    for variant in ({}, {"amsgrad": True}, {"momentum": 0.9}, {"momentum": 0.9, "centered": True}):
+        for shape in ((2, 3), (3,)):
+            p = torch.nn.Parameter(torch.randn(shape))
+            try:
+                optimizer = kind([p], lr=0.1, **variant)
+            except (TypeError, ValueError):  # it has no such variant, or takes no vectors
+                continue
+            p.grad = torch.randn(shape)
+            optimizer.step()
+            states |= {name: value for name, value in optimizer.state[p].items() if torch.is_tensor(value)}
+    return states
+
+
+def test_the_states_and_counts_are_those_of_torchs_optimizers():
+    others = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # a closure; sparse gradients: as Adam
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and kind not in others]
+    kinds = [kind for kind in kinds if issubclass(kind, torch.optim.Optimizer)]
+    assert len(kinds) > 10
+    states = {name: value for kind in kinds for name, value in states_of(kind).items()}
+    assert states.keys() >= {*STATES, *COUNTS}
+    assert {name for name, value in states.items() if value.ndim == 0} == {*COUNTS}
+    assert all(is_site(f"momentum.{name}") == (name not in COUNTS) for name in states)
+
+
 # Errors
 
 SATURATE, INFINITY = Overflow.SATURATE, Overflow.INFINITY
 WRONG = [
     # call, setting, value, a word that is allowed, the nearest
     (lambda: format_named("float9"), "format", "float9", "bfloat16", "float8"),
-    (lambda: format_named("mxfp8"), "format", "mxfp8", "nvfp4", "mxfp4"),
+    (lambda: format_named("mxfp8"), "format", "mxfp8", "nvfp4", "mxfp8_e4m3"),
     (lambda: format_named("?"), "format", "?", "eXmY", None),
     (lambda: rounding_named("stohastic"), "rounding", "stohastic", "stochastic:R", "stochastic"),
     (lambda: rounding_named(""), "rounding", "''", "nearest_away", None),
@@ -72,6 +174,22 @@ WRONG = [
     (lambda: site_rule("wieghts=float8"), "site", "wieghts=float8", "SITE=FORMAT[:ROUNDING]", "weights"),
     (lambda: site_rule("weights"), "site", "weights", "SITE=FORMAT[:ROUNDING]", None),
     (lambda: site_rule("weights=float7"), "format", "float7", "float8", "float8"),
+    (lambda: site_rule("momentum.step=fp16"), "site", "momentum.step=fp16", "momentum.NAME", None),
+    (lambda: site_rule("momentun.exp_avg=fp16"), "site", "momentun.exp_avg=fp16", "weights", "momentum.exp_avg"),
+    (lambda: site_rule("exp_avg=fp16"), "site", "exp_avg=fp16", "momentum.NAME", "momentum.exp_avg"),
+    (lambda: site_rule("sum=fp16"), "site", "sum=fp16", "momentum.NAME", "momentum.sum"),
+    (lambda: site_rule("momentum.=fp16"), "site", "momentum.=fp16", "momentum.NAME", "momentum"),
+    (lambda: site_rule(" weights=fp16"), "site", "' weights=fp16'", "momentum.NAME", "weights"),
+    (lambda: check_rules({"momentum.eta": rule_of("fp16")}, SATURATE), "site", "momentum.eta", "momentum.NAME", None),
+    (lambda: check_rules({"momentum.sum ": rule_of("fp16")}, SATURATE), "site", "'momentum.sum '", "", "momentum.sum"),
+    (lambda: check_rules({"momentum.x": rule_of("float8")}, INFINITY), "overflow", "infinity", "momentum.x", None),
+    (lambda: check_rules({3: rule_of("fp16")}, SATURATE), "site", "3", "weights", None),
+    (lambda: overflow_named("infinty"), "overflow", "infinty", "saturate, infinity", "infinity"),
+    (lambda: overflow_named("Saturate"), "overflow", "Saturate", "saturate, infinity", "saturate"),
+    (lambda: overflow_named(""), "overflow", "''", "saturate", None),
+    (lambda: rounding_named(" Nearest"), "rounding", "' Nearest'", "nearest", "nearest"),
+    (lambda: rounding_named("stochastic:٣"), "rounding", "stochastic:٣", "stochastic:R", "stochastic"),
+    (lambda: format_named("e4m٣"), "format", "e4m٣", "eXmY", None),
     (lambda: check_rules({"gradient": rule_of("fp16")}, SATURATE), "site", "gradient", "errors", "gradients"),
     (lambda: check_rules({"errors": rule_of("float8")}, INFINITY), "overflow", "infinity", "saturate", None),
     (
@@ -82,6 +200,8 @@ WRONG = [
         None,
     ),
     (lambda: FewBits(0), "random bits", "0", "1 .. 23", None),
+    (lambda: FewBits("4"), "random bits", "'4'", "1 .. 23", None),
+    (lambda: FewBits(4, "half"), "half_offset", "'half'", "True", None),
     (lambda: lp.LossScale("dynamc"), "loss scale", "'dynamc'", "dynamic", "dynamic"),
     (lambda: lp.quantize([], "float9"), "format", "float9", "float8", "float8"),
 ]
@@ -100,6 +220,51 @@ def test_errors_carry_fields(call, setting, value, allowed, near):
     assert len(str(error).splitlines()) == 1
 
 
+NO_NAMES = (None, 3, 1.5, True, b"nearest", ["nearest"], {}, ("float8", "up"), object, 10**5000, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("value", NO_NAMES, ids=[type(value).__name__ for value in NO_NAMES])
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (format_named, "a BlockFormat, or a name: float32"),
+        (rounding_named, "nearest_away"),
+        (overflow_named, "saturate, infinity"),
+        (rule_of, "FORMAT[:ROUNDING]"),
+        (lambda value: rule_of("float8", value), "nearest_away"),
+        (lambda value: rule_of(NAMED["float8"], value), "nearest_away"),
+        (lambda value: Rule(value, Rounding.UP), "rule_of takes texts"),
+        (lambda value: Rule(NAMED["float8"], value), "rule_of takes texts"),
+        (lambda value: check_rules({"weights": value}, Overflow.SATURATE), "rule_of makes one"),
+        (site_rule, "SITE=FORMAT[:ROUNDING]"),
+    ],
+    ids=itertools.count(),
+)
+def test_a_value_of_another_type_is_named_in_one_line(call, word, value):
+    with pytest.raises(TypeError) as caught:
+        call(value)
+    line = str(caught.value)
+    assert re.search("given .+, allowed: ", line)
+    assert word in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_rule_is_not_made_of_texts():
+    with pytest.raises(TypeError, match="rule: format: given 'float8', allowed: a Format"):
+        Rule("float8", Rounding.UP)
+    with pytest.raises(TypeError, match="rule: rounding: given 'up', allowed: a Rounding"):
+        Rule(NAMED["float8"], "up")
+
+
+def test_members_and_formats_stand_for_themselves():
+    for rounding in ROUNDINGS:
+        assert rounding_named(rounding) is rounding
+    for overflow in Overflow:
+        assert overflow_named(overflow) is overflow is overflow_named(overflow.value)
+    for format in FORMATS:
+        assert format_named(format) is format
+
+
 def test_an_error_survives_pickling_and_copying():
     """As it must where it comes from another process."""
     error = SettingError("format", "float9", "float8, float16", "float8", "; this and that")
@@ -116,3 +281,7 @@ def test_words_are_shown_on_one_line_and_the_nearest_is_near():
     assert nearest("weihgts", SITES) == "weights"
     assert nearest("zzz", SITES) is None
     assert nearest(7, SITES) is None
+    assert nearest(10**5000, SITES) is None
+    assert "more digits than Python writes" in shown(10**5000)
+    assert shown("x" * 10**6) == "x" * MOST_SHOWN + "..."
+    assert (shown("8", repr), shown(8, repr), shown("8")) == ("'8'", "8", "8")

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from training_helpers import FLOAT8, nearest
 
+from low_precision.blocks import NAN_BITS
 from low_precision.formats import NAMED, format_named
 from low_precision.noise import Key
-from low_precision.rounding import Overflow, Rounding
+from low_precision.rounding import FewBits, Overflow, Rounding
 from low_precision.tensor import quantize
 
 
@@ -86,6 +87,43 @@ def test_half_precision_inputs(dtype, fmt):
     y = quantize(x, fmt)
     assert (y.dtype, y.stride()) == (dtype, x.stride())
     assert torch.equal(y.float(), nearest(x, format_named(fmt)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fmt"),
+    [(torch.float16, "tf32"), (torch.float16, "e8m12"), (torch.float16, "fixed25.0"), (torch.bfloat16, "tf32")],
+)
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_saturating_where_the_format_reaches_further_than_the_type(dtype, fmt, backend):
+    """The type's own largest value is on the format's grid, and stands for the format's."""
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([float("inf"), -float("inf"), largest, -largest, float("nan"), 1.0], dtype=dtype)
+    for rounding in (*Rounding, FewBits(4)):
+        y = quantize(x, fmt, rounding, 3, backend=backend)
+        assert y[:4].tolist() == [largest, -largest, largest, -largest]
+        assert y[4].isnan()
+        if format_named(fmt).has_infinity:
+            y = quantize(x, fmt, rounding, 3, backend=backend, overflow="infinity")
+            assert y[:4].tolist() == [float("inf"), -float("inf"), largest, -largest]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_nan_has_the_same_bits_wherever_it_is(dtype):
+    """Torch's conversions make now this of them, now that."""
+    for count in range(1, 40):
+        for bits in (0x7FC1, -63):  # with either sign
+            x = torch.full((count,), bits, dtype=torch.int16).view(dtype)
+            for backend in ("eager", "fused"):
+                rounded = quantize(x, "float8_e4m3fn", backend=backend).view(torch.int16)
+                assert rounded.tolist() == [NAN_BITS[dtype]] * count
+
+
+def test_a_key_alone_is_enough_for_the_gradients_noise():
+    x = torch.full((1000,), 0.3, requires_grad=True)
+    y = quantize(x, "float8", "nearest", 7, backward="float8:stochastic")
+    y.backward(torch.full((1000,), 0.3))
+    assert set(x.grad.tolist()) == {0.25, 0.3125}
+    assert torch.equal(x.grad, quantize(x, "float8", "stochastic", Key.of(7, "backward")))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [
     *("_are_functorch_transforms_active", "_global_forward_hooks", "_global_backward_hooks", "_forward_hooks"),
     *("_forward_pre_hooks", "_backward_hooks", "_parameters", "_version", "_is_replica", "_orig_mod"),
+    *("_len_torch_dispatch_stack", "_current_graph_task_id", "_execution_engine", "found_inf"),
+    *("_functorch", "get_interpreter_stack", "get_proxy_mode", "is_functorch_wrapped_tensor", "_current_level"),
+    *("temporarily_clear_interpreter_stack", "DisableTorchFunction", "_DisableTorchDispatch", "FakeTensor"),
 ]
+# Asked for once a process: tests of their own hide them.
+ONCE = ["_disable_dynamo", "CheckpointFunction", "_checkpoint_without_reentrant_generator"]
+ONCE += ["_is_tracing", "_len_torch_function_stack"]
 
 
 def hide(monkeypatch, *names: str) -> None:
@@ -55,7 +61,23 @@ def test_without_a_private_name_the_bits_are_the_same(name, kind, monkeypatch):
 def test_every_private_name_is_hidden_above():
     text = (ROOT / "low_precision" / "torch_private.py").read_text()
     asked = {line.partition('"')[2].partition('"')[0] for line in text.splitlines() if "getattr(" in line}
-    assert asked == {*NAMES, "_disable_dynamo"}
+    assert asked == {*NAMES, *ONCE}
+
+
+@pytest.mark.parametrize("name", ["_transforms", "_dispatch_modes", "_function_modes", "_tracing"])
+def test_where_nobody_can_say_who_watches_the_bits_are_the_same(name, monkeypatch):
+    """Each rounding then goes the way of one that is watched."""
+    expected = trained("mlp")
+    monkeypatch.setattr(torch_private, name, None)
+    assert torch_private.somebody_watches()
+    assert equal_bits(trained("mlp"), expected)
+
+
+@pytest.mark.parametrize("name", ["CheckpointFunction", "_checkpoint_without_reentrant_generator"])
+def test_another_torch_utils_checkpoint_is_told(name, monkeypatch):
+    hide(monkeypatch, name)
+    with pytest.warns(UserWarning, match="another torch.utils.checkpoint than low_precision knows"):
+        torch_private.wrap_checkpointing(lambda run: run, lambda run: run)
 
 
 @pytest.mark.parametrize("name", ["_forward_hooks", "_backward_hooks", "_global_forward_hooks"])

@@ -29,6 +29,7 @@ from training_helpers import (
 
 from low_precision.formats import NAMED
 from low_precision.model import LowPrecision
+from low_precision.noise import Key
 from low_precision.rounding import Rounding
 from low_precision.rules import Rule
 from low_precision.scheme import Scheme
@@ -292,3 +293,12 @@ def test_quantize_in_a_compiled_function_takes_the_key_that_it_is_given():
         assert torch.equal(*gradients)
         counts.append(len(graphs))
     assert counts[-1] == counts[1]  # compiled for one number, then for any
+
+
+def test_a_second_backward_pass_has_noise_of_its_own():
+    x = torch.randn(1000, requires_grad=True)
+    y = quantize(x, "float8", "stochastic", 3, backward="float8:stochastic")
+    constant = torch.full_like(y, 1.1)
+    first, second = (torch.autograd.grad(y, x, constant, retain_graph=True)[0] for _ in range(2))
+    assert equal([first], [quantize(constant, "float8", "stochastic", Key.of(3, "backward"))])
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.15

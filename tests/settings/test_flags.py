@@ -9,18 +9,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import sweep
 from data import DATASETS
 from low_precision.formats import BLOCKS, NAMED
 from low_precision.rounding import Rounding
 from low_precision.rules import SITES
-from settings.config import MODEL_NAMES, Config, ConfigError
-from settings.flags import config_of, flags_of
+from settings.config import MODEL_NAMES, OPTIMIZERS, Config, ConfigError
+from settings.flags import config_of, flags_of, parser
 from settings.recipes import RECIPES, with_recipe
 
 FORMATS = st.sampled_from([*NAMED, *BLOCKS, "half", "e4m3", "fixed8.4s", "bfp8_row"])
 ROUNDINGS = st.sampled_from([*map(str, Rounding), "stochastic:4", "stochastic:23:half"])
 RULES = FORMATS | st.builds("{}:{}".format, FORMATS, ROUNDINGS)
 TEXTS = st.text(min_size=1, max_size=8) | st.sampled_from(["-x", "--epochs", "a b", "=", "-", "~", "none", "it's"])
+STATES = {f"momentum.{state}" for states in OPTIMIZERS.values() for state in states}
+ALL_OF_THEM = st.sampled_from([*SITES, *sorted(STATES)])
 PATTERNS = st.sampled_from(["stage1.*", "fc", "*", "-x", "conv[12]", "none", "all"])
 VALUES = {
     "dataset": st.sampled_from([*DATASETS]),
@@ -30,7 +33,7 @@ VALUES = {
     "model": st.sampled_from(MODEL_NAMES),
     "epochs": st.integers(0, 10**30),
     "batch_size": st.integers(1, 10**30),
-    "optimizer": st.sampled_from(["sgd", "adam", "adamw"]),
+    "optimizer": st.sampled_from([*OPTIMIZERS]),
     "learning_rate": st.floats(1e-300, 1e30),
     "momentum": st.floats(0, 1e30),
     "weight_decay": st.floats(0, 1e30),
@@ -40,8 +43,8 @@ VALUES = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "precision": FORMATS,
     "rounding": ROUNDINGS,
-    "quantize": st.sampled_from(["all", "none"]) | st.lists(st.sampled_from(SITES), unique=True),
-    "site": st.dictionaries(st.sampled_from(SITES), RULES).map(lambda d: tuple(f"{s}={r}" for s, r in d.items())),
+    "quantize": st.sampled_from(["all", "none"]) | st.lists(ALL_OF_THEM, unique=True),
+    "site": st.dictionaries(ALL_OF_THEM, RULES).map(lambda d: tuple(f"{s}={r}" for s, r in d.items())),
     "layers": st.none() | st.lists(PATTERNS, min_size=1, max_size=3).map(tuple),
     "rounding_seed": st.none() | st.integers(0, 2**32 - 1),
     "overflow": st.sampled_from(["saturate", "infinity"]),
@@ -93,6 +96,13 @@ def test_the_command_of_a_recipe_is_that_run(recipe):
             {"site": ("weights=fp16", "accumulator=float32")},
             ["--site", "weights=fp16", "--site", "accumulator=float32"],
         ),
+        (
+            {"optimizer": "adam", "site": "momentum.exp_avg_sq=bfloat16", "quantize": "momentum.exp_avg,weights"},
+            [
+                *("--optimizer", "adam", "--quantize", "weights,momentum.exp_avg"),
+                *("--site", "momentum.exp_avg_sq=bfloat16"),
+            ],
+        ),
         ({"rounding": "stochastic:4:half"}, ["--rounding", "stochastic:4:half"]),
         ({"loss_scale": 1024, "epochs": "3"}, ["--epochs", "3", "--loss-scale", "1024.0"]),
     ],
@@ -141,6 +151,13 @@ WRONG = [
     ("--quantize", "non", "none"),
     ("--site", "accumlator=fp16", "accumulator"),
     ("--site", "weights=flota8", "float8"),
+    ("--site", "momentum.exp_avg_sq=bf16", "bfloat16"),
+    ("--site", "momentu.exp_avg_sq=bfloat16", "momentum.exp_avg_sq"),
+    ("--site", "exp_avg_sq=bfloat16", "momentum.exp_avg_sq"),
+    ("--precision", "fp8", "float8_e4m3fn"),
+    ("--precision", "E4M3", "float8_e4m3fn"),
+    ("--precision", "float16_ieee", "fp16"),
+    ("--precision", "f16", "fp16"),
     ("--site", "weights=float8:stochastc", "stochastic"),
     ("--recipe", "publish", "published"),
     ("--overflow", "infinty", "infinity"),
@@ -148,6 +165,9 @@ WRONG = [
     ("--backend", "fusd", "fused"),
     ("--wandb", "offlin", "offline"),
     # nothing is near
+    ("--site", "momentum.step=fp16", None),
+    ("--precision", "e4m\u0663", None),  # an Arabic digit
+    ("--rounding", "stochastic:\u0664", "stochastic"),
     ("--dataset", "42", None),
     ("--precision", "", None),
     ("--loss-scale", "-1", None),
@@ -166,6 +186,30 @@ def test_a_wrong_value_gets_the_nearest_known_one(flag, value, near):
     hint = f" (did you mean {near}?)" if near else ""
     assert str(error) == f"{flag}: given {seen}{hint}, allowed: {error.allowed}{error.note}"
     assert near is None or near in error.allowed or flag == "--site"
+
+
+def test_help_and_errors_say_which_names_mislead():
+    words = ("e4m3 ends at 240: OCP's is float8_e4m3fn", "float16 (qtorch's 1-6-9; IEEE half is fp16)")
+    text = " ".join(parser().format_help().split())
+    with pytest.raises(ConfigError) as caught:
+        config_of(["--precision", "x"])
+    for word in words:
+        assert word in text
+        assert word in str(caught.value)
+    assert "momentum.NAME" in text
+    assert "momentum.exp_avg_sq=bfloat16" in text
+
+
+def test_values_of_a_sweep():
+    flags = ["--optimizer", "adam", "--precision", "float8", "--seed", "0:2"]
+    flags += ["--site", ";momentum.exp_avg_sq=bfloat16;momentum.exp_avg_sq=float8;momentum.exp_avg=fp16,momentum=fp16"]
+    runs, _ = sweep.grid(flags)
+    sites = {config.site for config in runs}
+    # The third is as the first, and a state's rule that is momentum's is no other run than momentum's alone.
+    assert sites == {(), ("momentum.exp_avg_sq=bfloat16",), ("momentum.exp_avg=fp16", "momentum=fp16")}
+    assert len(runs) == 6
+    with pytest.raises(ConfigError, match=r"--site: given momentum.exp_avg_sq=bfloat16, allowed: no momentum"):
+        sweep.grid(["--optimizer", "adam,sgd", "--site", "momentum.exp_avg_sq=bfloat16"])
 
 
 @pytest.mark.parametrize(("word", "near"), [("--epoch", "--epochs"), ("--reciep", "--recipe"), ("--zzz", None)])

@@ -17,6 +17,7 @@ from low_precision.model import LowPrecision
 from low_precision.rounding import Rounding
 from low_precision.rules import Rule, rule_of
 from low_precision.scheme import Scheme
+from low_precision.tensor import quantize
 from low_precision.wrap import quantize_model
 from settings import recipes
 from settings.config import Config
@@ -171,6 +172,28 @@ def test_the_averages_batch_norm_has_statistics_of_the_training_rows(cli, tmp_pa
     assert state["n_averaged"] == 2
     assert state["module.bn.num_batches_tracked"] == 3  # 40 images
     assert state["module.bn.running_var"].ne(1).all()
+
+
+@pytest.mark.parametrize(
+    ("sites", "first", "second"),
+    [
+        ([], "float8", "float8"),
+        (["momentum.exp_avg_sq=bfloat16"], "float8", "bfloat16"),
+        (["momentum.exp_avg_sq=float32"], "float8", "float32"),
+        (["momentum=float16", "momentum.exp_avg=fp16"], "fp16", "float16"),
+    ],
+    ids=str,
+)
+def test_each_moment_is_rounded_by_its_site(cli, sites, first, second):
+    flags = ["--dataset", "boston", "--optimizer", "adam", "--precision", "float8", "--rounding", "stochastic"]
+    ran = cli(*flags, *(word for site in sites for word in ("--site", site)))
+    states = checkpoint.latest(ran.folder).state["optimizer"]["state"].values()
+    for name, format_name in (("exp_avg", first), ("exp_avg_sq", second)):
+        moments = torch.cat([state[name].flatten() for state in states])
+        assert moments.unique().numel() > 3
+        assert torch.equal(quantize(moments, format_name), moments)
+        narrower = {"float8": "e5m1", "bfloat16": "float8", "float16": "bfloat16", "fp16": "float16", "float32": "fp16"}
+        assert not torch.equal(quantize(moments, narrower[format_name]), moments)
 
 
 def test_each_recipe_is_the_flags_that_its_table_shows():

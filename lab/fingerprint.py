@@ -1,0 +1,203 @@
+"""The fingerprint of the code that decides a run's result. Files that differ in nothing but comments have the same.
+
+What decides a result is the library, the models, the data sets with the files they read, the training loop, and what
+the loop uses of lab/ and settings/. Of a Python file its syntax tree counts, without docstrings; it is written out by
+hand, because `ast.dump` writes the same tree differently in different versions of Python. Of any other file of
+sources/ every byte counts. No torch here: sweep.py and report.py ask before anything is trained.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import low_precision
+from lab.record import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path(low_precision.__file__).resolve().parent  # it may be installed elsewhere
+SCRIPTS = ("data.py", "models.py", "quant.py", "train.py")
+# What surrounds a run and decides no number of it. Every other file of these folders counts, a new one too. What flags,
+# kinds and recipes make of a command line is in the record's settings, and so in the hash of its name.
+SURROUNDING = {
+    "lab": ("checkpoint", "console", "fingerprint", "interrupt", "record", "remarks", "resume", "session", "wandb_run"),
+    "settings": ("flags", "kinds", "recipes"),
+}
+UNKNOWN = "unknown"  # in the place of the fingerprint of a version that recorded none
+LENGTH = 16  # hex digits of a fingerprint
+_LEFT_OUT = ("ctx", "kind", "type_comment", "type_ignores")  # fields of a syntax tree that change nothing
+
+
+@functools.cache
+def fingerprint() -> str:
+    """That of the code as its files are at the first call: a run calls it at its beginning, just after loading them."""
+    return fingerprint_of(ROOT, LIBRARY, _cache_file())
+
+
+def fingerprint_of(root: Path, library: Path, cache_file: Path | None = None) -> str:
+    """That of a checkout and of the library's folder. cache_file: keeps what was made of each file's bytes."""
+    cache = _Cache(cache_file)
+    files = _files(root, library)
+    digests: dict[str, str] = {}
+    followed = {"low_precision", *SURROUNDING, "sources", *(name.removesuffix(".py") for name in SCRIPTS)}
+    while files:
+        name, path = files.popitem()
+        facts = cache.of(path)
+        digests[name] = facts.digest
+        for module in facts.imports:  # a model may lie in a file of the user's own
+            if module not in followed:
+                followed.add(module)
+                files |= _module_files(root, module)
+    cache.write()
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def _files(root: Path, library: Path) -> dict[str, Path]:
+    """The files that decide a result, by the names that they have in a checkout."""
+    files = {f"low_precision/{path.relative_to(library).as_posix()}": path for path in _visible(library, "*.py")}
+    files |= {path.relative_to(root).as_posix(): path for path in _visible(root / "sources", "*")}
+    for folder, surrounding in SURROUNDING.items():
+        paths = [path for path in _visible(root / folder, "*.py") if path.stem not in surrounding]
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
+    return files | {name: root / name for name in SCRIPTS}
+
+
+def _module_files(root: Path, module: str) -> dict[str, Path]:
+    """The files of a module or package that lies in the checkout: all of a package's."""
+    paths = [root / f"{module}.py"] if (root / f"{module}.py").is_file() else list(_visible(root / module, "*.py"))
+    return {path.relative_to(root).as_posix(): path for path in paths}
+
+
+def _visible(folder: Path, pattern: str) -> Iterator[Path]:
+    """The files below a folder but for hidden ones and Python's caches."""
+    for path in folder.rglob(pattern):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and "__pycache__" not in parts and not any(part.startswith(".") for part in parts):
+            yield path
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """digest: of a file's syntax tree, or of its bytes. imports: the top names of the modules that it imports."""
+
+    digest: str
+    imports: tuple[str, ...] = ()
+
+
+def _facts(name: str, raw: bytes) -> _Facts:
+    tree = None
+    if name.endswith(".py"):
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError):  # a file that nothing can import counts too
+            tree = ast.parse(raw)
+    if tree is None:
+        return _Facts(hashlib.sha256(raw.replace(b"\r\n", b"\n")).hexdigest())
+    modules: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules.add(node.module)
+    tops = sorted({module.partition(".")[0] for module in modules})
+    return _Facts(hashlib.sha256("\n".join(words(tree)).encode()).hexdigest(), tuple(tops))
+
+
+def words(tree: ast.AST) -> Iterator[str]:
+    """A syntax tree as words, each without a line end: the same for every version of Python that parses the source.
+
+    Fields without a value are left out, as newer versions have more of them, and so are docstrings and other statements
+    that do nothing.
+    """
+    todo: list[Any] = [tree]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, _Word):
+            yield item
+        elif isinstance(item, ast.Constant):
+            yield f"{type(item.value).__name__} {item.value!a}"
+        elif isinstance(item, ast.AST):
+            yield f"({type(item).__name__}"
+            parts: list[Any] = []
+            for field in sorted(item._fields):
+                value = getattr(item, field, None)
+                if isinstance(item, ast.JoinedStr):
+                    value = list(_joined(value))
+                elif isinstance(value, list):
+                    value = [one for one in value if not _does_nothing(one)]
+                if field not in _LEFT_OUT and value not in (None, [], ""):
+                    parts += [_Word(field), *([_Word("["), *value, _Word("]")] if isinstance(value, list) else [value])]
+            todo += reversed([*parts, _Word(")")])
+        else:  # a name, a count, or None in a list
+            yield ascii(item)
+
+
+class _Word(str):
+    """A word that is ready, apart from the strings of a syntax tree."""
+
+
+def _does_nothing(item: Any) -> bool:
+    return isinstance(item, ast.Pass) or (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
+
+
+def _joined(parts: list[ast.expr]) -> Iterator[ast.expr]:
+    """The parts of an f-string. Python 3.12 cuts its constant texts elsewhere, and adds empty ones."""
+    text = ""
+    for part in parts:
+        if isinstance(part, ast.Constant):
+            text += part.value
+            continue
+        if text:
+            yield ast.Constant(text)
+        text = ""
+        yield part
+    if text:
+        yield ast.Constant(text)
+
+
+def _cache_file() -> Path | None:
+    """Beside the compiled code of this file, wherever Python keeps that; None where it has no such place."""
+    try:
+        return Path(importlib.util.cache_from_source(__file__)).with_suffix(".json")
+    except NotImplementedError:
+        return None
+
+
+class _Cache:
+    """What was made of files, by their bytes: it cannot be out of date. Parsing takes a hundred times as long.
+
+    path: None for nothing kept. A file that cannot be read or written costs time and nothing else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._used, self._new = path, {}, False
+        self._made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        self._kept: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+            kept = json.loads(path.read_bytes()) if path else {}
+            if kept.get("made_by") == self._made_by:
+                self._kept = dict(kept["files"])
+
+    def of(self, path: Path) -> _Facts:
+        raw = path.read_bytes()
+        key = f"{path.suffix} {hashlib.sha256(raw).hexdigest()}"
+        try:
+            digest, imports = self._kept[key]
+            facts = _Facts(digest, tuple(imports))
+        except (KeyError, TypeError, ValueError):
+            facts, self._new = _facts(path.name, raw), True
+        self._used[key] = (facts.digest, facts.imports)
+        return facts
+
+    def write(self) -> None:
+        if self._path and self._new:
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(self._path, json.dumps({"made_by": self._made_by, "files": self._used}))

@@ -1,0 +1,435 @@
+"""What a model's rounding does not reach is refused, or said in one sentence that is true; else nothing is said."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from training_helpers import AROUND, FLOAT8, holds, nearest, set_gradients, small
+
+import models
+from low_precision.errors import SettingError
+from low_precision.wrap import quantize_model, quantize_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOWING = dict.fromkeys(AROUND, "float8")
+
+
+class Said:
+    """Which warnings of rounding were given inside the block."""
+
+    def __enter__(self):
+        self._catch = warnings.catch_warnings(record=True)
+        self._caught = self._catch.__enter__()
+        warnings.simplefilter("always")
+        return self
+
+    def __exit__(self, *error):
+        return self._catch.__exit__(*error)
+
+    @property
+    def texts(self):
+        return [str(w.message) for w in self._caught if any(site in str(w.message) for site in AROUND)]
+
+
+class Child(nn.Module):
+    """Computes something of what it reads and of a weight."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(x, self.weight)
+
+    def plain_method(self, x):
+        return x @ self.weight
+
+
+class Model(nn.Module):
+    def __init__(self, child):
+        super().__init__()
+        self.layer, self.child = nn.Linear(8, 8), child
+
+    def forward(self, x):
+        return self.child(self.layer(x))
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b = ctx.saved_tensors
+        return gradient @ b.T, a.T @ gradient
+
+
+def helper(a, b):
+    return torch.matmul(a, b)
+
+
+PRODUCTS = {
+    "@": lambda a, b: a @ b,
+    "Tensor.matmul": lambda a, b: a.matmul(b),
+    "torch.mm": torch.mm,
+    "out=": lambda a, b: torch.mm(a.detach(), b.detach(), out=torch.empty(8, 8)),
+    "in place": lambda a, b: torch.zeros(8, 8).addmm_(a, b),
+    "a plain function": helper,
+    "autograd.Function": Product.apply,
+    "einsum": lambda a, b: torch.einsum("ij,jk->ik", a, b),
+    "tensordot": lambda a, b: torch.tensordot(a, b, 1),
+    "F.linear": F.linear,
+    "F.conv1d": lambda a, b: F.conv1d(a[None], b[..., None]),
+    "F.conv_transpose1d": lambda a, b: F.conv_transpose1d(a[None], b[..., None]),
+    "F.bilinear": lambda a, b: F.bilinear(a, a, torch.ones(2, 8, 8)),
+    "attention": lambda a, b: F.scaled_dot_product_attention(a[None], b[None], b[None]),
+    "vmap": lambda a, b: torch.vmap(lambda row: row @ b)(a),
+    "linalg.multi_dot": lambda a, b: torch.linalg.multi_dot([a, b]),
+    "linalg.matmul": lambda a, b: torch.linalg.matmul(a, b),
+    "linalg.vecdot": lambda a, b: torch.linalg.vecdot(a, b),
+    "sparse.mm": lambda a, b: torch.sparse.mm(a.to_sparse(), b),
+    "grouped_mm": lambda a, b: F.grouped_mm(
+        a.bfloat16(), b[None].expand(2, 8, 8).bfloat16(), offs=torch.tensor([4, 8], dtype=torch.int32)
+    ),
+    "aten": lambda a, b: torch.ops.aten.mm.default(a, b),
+}
+
+
+# Functions
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+def test_a_product_by_a_function_is_named_with_its_module_once(how):
+    model = quantize_model(Model(Child(PRODUCTS[how])), **FLOWING)
+    with Said() as said:
+        model(torch.ones(8, 8))
+    assert len(said.texts) == 1
+    assert all(site in said.texts[0] for site in AROUND)
+    assert "in child (Child)" in said.texts[0]
+    with Said() as said:
+        model(torch.ones(8, 8))
+    assert not said.texts
+
+
+@pytest.mark.parametrize("compute", [lambda a, b: a * b, lambda a, b: (a.softmax(-1) + b).sum(0), F.layer_norm])
+def test_what_has_no_product_is_not_named(compute):
+    compute = (lambda a, b: F.layer_norm(a, (8,), b[0])) if compute is F.layer_norm else compute
+    model = quantize_model(Model(Child(compute)), **FLOWING)
+    with Said() as said:
+        model(torch.ones(8, 8))
+    assert not said.texts
+
+
+def test_a_product_in_a_plain_method_is_named_with_the_module_of_the_method():
+    child = Child(None)
+    child.forward = child.plain_method
+    model = quantize_model(nn.Sequential(Model(child)), **FLOWING)
+    with pytest.warns(UserWarning, match=r"matmul in 0\.child \(Child\)$"):
+        model(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("first", ["error", "evaluation"])
+def test_a_product_that_the_first_pass_did_not_come_to_is_named_when_it_runs(first):
+    """A first pass that ended by an error, or an evaluation before training, as Lightning makes one."""
+    model = Model(Child(lambda a, b: a @ b if model.training else a))
+    quantize_model(model, **FLOWING)
+    if first == "error":
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(torch.ones(2, 7))
+    else:
+        model.eval()
+        with torch.no_grad():
+            model(torch.ones(2, 8))
+        model.train()
+    with pytest.warns(UserWarning, match="matmul in child"):
+        model(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_listening_ends_with_the_first_pass(fails):
+    """A mode of torch that stayed would slow everything that the process does. The error is the user's own."""
+
+    def compute(a, b):
+        if fails:
+            raise ZeroDivisionError("of the user")
+        return a
+
+    model = quantize_model(Model(Child(compute)), **FLOWING)
+    modes, hooks = torch._C._len_torch_function_stack(), len(model._forward_hooks)
+    if fails:
+        with pytest.raises(ZeroDivisionError, match="of the user"):
+            model(torch.ones(2, 8))
+    else:
+        model(torch.ones(2, 8))
+    assert torch._C._len_torch_function_stack() == modes
+    assert len(model._forward_hooks) == hooks
+
+
+# Layers of other types
+
+LAYERS = {
+    "LSTM": lambda: nn.LSTM(8, 8),
+    "GRU": lambda: nn.GRU(8, 8),
+    "RNN": lambda: nn.RNN(8, 8),
+    "LSTMCell": lambda: nn.LSTMCell(8, 8),
+    "GRUCell": lambda: nn.GRUCell(8, 8),
+    "RNNCell": lambda: nn.RNNCell(8, 8),
+    "Bilinear": lambda: nn.Bilinear(8, 8, 8),
+    "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(8, 8, 3),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(8, 8, 3),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(8, 8, 3),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_of_another_type_is_named_at_once(kind):
+    with Said() as said:
+        quantize_model(Model(LAYERS[kind]()), **FLOWING)
+    assert len(said.texts) == 1
+    assert said.texts[0].endswith(f"not rounded: child ({kind})")
+    with Said() as said:  # of a model that is nothing but that
+        quantize_model(LAYERS[kind](), **FLOWING)
+    assert "reach nothing" in said.texts[0]
+    with Said() as said:
+        quantize_model(Model(LAYERS[kind]()), **FLOWING, layers=["layer"])
+        quantize_model(Model(LAYERS[kind]()), weights="float8")
+    assert not said.texts
+
+
+def test_what_is_said_of_a_part_is_true_of_the_model():
+    with Said() as said:
+        quantize_model(Model(nn.LSTM(8, 8)), inputs="float8", layers=["child"])
+    assert "reach nothing" in said.texts[0]
+    assert "the model has no Linear" not in said.texts[0]  # it has one, which was left out
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_nothing_is_said_of_a_model_whose_products_are_all_reached(name):
+    shape = (3, 16, 16) if name == "resnet20" else (1, 8, 8)
+    with Said() as said:
+        model = quantize_model(models.MODELS[name](shape, 3), weights="float8", **FLOWING)
+        model(torch.ones(2, *shape))
+    assert not said.texts
+
+
+def test_nothing_is_said_where_weights_alone_are_rounded():
+    with Said() as said:
+        model = quantize_model(Model(Child(torch.mm)), weights="float8")
+        model(torch.ones(8, 8))
+        quantize_model(nn.Embedding(4, 4), weights="float8")(torch.tensor([1]))
+    assert not said.texts
+
+
+# torch's transformer: it multiplies by faster ways of its own where nobody looks
+
+
+@pytest.mark.parametrize("sites", [AROUND, ("weights",), ("errors",)])
+@pytest.mark.parametrize("mask", [None, "padding", "both"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_transformer_encoder_computes_as_the_plain_one(sites, mask, batch_first):
+    """e8m23 rounds nothing. Masked places are left out: a nested tensor would hold zeros there."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = quantize_model(copy.deepcopy(plain), **dict.fromkeys(sites, "e8m23"))
+        x, padded = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False] * 3])
+        masks = {} if mask is None else {"src_key_padding_mask": padded}
+        if mask == "both":
+            masks["mask"] = torch.ones(3, 3, dtype=torch.bool).triu(1)
+        x = x if batch_first else x.transpose(0, 1)
+        for training, with_gradients in ((True, True), (False, True), (False, False)):
+            with torch.set_grad_enabled(with_gradients):
+                expected, y, again = (m.train(training)(x, **masks) for m in (plain, model, model))
+            rows = slice(None) if mask is None else ~padded if batch_first else ~padded.T
+            torch.testing.assert_close(y[rows], expected[rows])
+            assert torch.equal(y[rows], again[rows])
+
+
+# Weights that are computed
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return weight * 0.3
+
+
+COMPUTED = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+    "own, of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", Scaled()),
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", COMPUTED)
+def test_weights_that_are_computed_are_refused_before_and_after(how):
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    before = model()
+    COMPUTED[how](before[0])
+    with pytest.raises(ValueError, match=r"0 \(.*Linear\) computes its"):
+        quantize_model(before, weights="float8")
+    with pytest.raises(ValueError, match=r"0 \(.*Linear\) computes its"):
+        quantize_model(before, accumulator="float32")
+    quantize_model(before, weights="float8", layers=["1"])(torch.ones(2, 8))
+    assert holds(before[1].weight, FLOAT8)
+
+    after = quantize_model(model(), weights="float8")
+    COMPUTED[how](after[0])
+    with pytest.raises((RuntimeError, ValueError), match=r"after its model was quantized|computes its"):
+        after(torch.ones(2, 8))
+    with pytest.raises(ValueError, match="computes its"):
+        quantize_model(after)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_pruned_weights_train_in_their_format(when):
+    model = nn.Sequential(nn.Linear(8, 8))
+    if when == "before":
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    quantize_model(model, weights="float8", accumulator="float32")
+    optimizer = quantize_optimizer(torch.optim.SGD(model.parameters(), 0.1), model)
+    if when == "after":
+        prune.l1_unstructured(model[0], "weight", 0.5)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(torch.full((2, 8), 0.5 + step)).square().sum().backward()
+        optimizer.step()
+    model(torch.ones(2, 8))
+    assert holds(model[0].weight, FLOAT8)
+    prune.remove(model[0], "weight")
+    model(torch.ones(2, 8))
+    assert holds(model[0].weight, FLOAT8)
+    assert (model[0].weight == 0).sum() == 32
+
+
+def test_pruning_reads_weights_that_are_rounded_already():
+    layer = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
+    model = quantize_model(nn.Sequential(layer), weights="float8")
+    with torch.no_grad():
+        layer.weight_orig.mul_(0.77)
+    layer(torch.ones(2, 8))  # a part of the model, called alone
+    assert holds(layer.weight, FLOAT8)
+    assert model[0] is layer
+
+
+# Patterns
+
+
+class Encoder(nn.Module):
+    """A container with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.full((8,), 1.1))
+        self.layers = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Sequential(nn.Linear(8, 8))})
+
+    def forward(self, x):
+        return self.layers["b"](self.layers["a"](x + self.place))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "rounded"),
+    [
+        (["child"], ["child.place", "child.layers.a", "child.layers.b.0"]),
+        (["child.layers"], ["child.layers.a", "child.layers.b.0"]),
+        (["child.layers.b"], ["child.layers.b.0"]),
+        (["*.a", "layer"], ["layer", "child.layers.a"]),
+        (["child.*"], ["child.layers.a", "child.layers.b.0"]),
+    ],
+)
+def test_a_pattern_means_all_that_is_in_a_module(patterns, rounded):
+    model = quantize_model(Model(Encoder()), weights="float8", layers=patterns)
+    for name, parameter in model.named_parameters():
+        expected = any(name == place or name.startswith(f"{place}.") for place in rounded)
+        assert holds(parameter, FLOAT8) == expected, name
+
+
+def test_a_pattern_may_name_a_shared_module_by_any_of_its_names():
+    model = Model(Child(torch.mm))
+    model.again = nn.ModuleDict({"same": model.layer})
+    for pattern in ("again", "again.same"):
+        twin = copy.deepcopy(model)
+        quantize_model(twin, weights="float8", layers=[pattern])
+        assert holds(twin.layer.weight, FLOAT8)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(SettingError, match=r"layers: given 'encoder', allowed: .*layer, child"):
+        quantize_model(Model(Encoder()), weights="float8", layers=["layer", "encoder"])
+
+
+# Optimizers
+
+
+class Around(torch.optim.Optimizer):
+    """Has another optimizer inside, which steps."""
+
+    def __init__(self, parameters, hold):
+        parameters = list(parameters)
+        super().__init__(parameters, {})
+        self.inner = torch.optim.SGD(parameters, 0.1, 0.9)
+        self.inside = hold(self.inner)
+        del self.inner
+
+    def step(self, closure=None):
+        raise AssertionError("it was refused")
+
+
+HOLDERS = {"itself": lambda o: o, "a list": lambda o: [o], "a tuple": lambda o: (o,), "a dict": lambda o: {"a": o}}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_an_optimizer_around_another_is_refused(holder):
+    model = quantize_model(small(), weights="float8")
+    with pytest.raises(ValueError, match=r"given Around, which has another optimizer inside \(inside\)"):
+        quantize_optimizer(Around(model.parameters(), HOLDERS[holder]), model, momentum="float8")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": "float8"}, {"loss_scale": "dynamic"}, {"loss_scale": 8.0}, {"gradients": "float8"}]
+)
+@pytest.mark.parametrize("kept", [{}, {"accumulator": "float32"}])
+def test_sparse_gradients_are_served_or_refused_in_a_sentence(settings, kept):
+    torch.manual_seed(0)
+    model = nn.Embedding(10, 4, sparse=True)
+    before = model.weight.detach().clone()  # where an accumulator starts
+    quantize_model(model, weights="float8", **kept)
+    before = before if kept else model.weight.detach().clone()
+    optimizer = quantize_optimizer(torch.optim.SGD(model.parameters(), 0.125), model, **settings)
+    optimizer.loss_scale.scale(model(torch.tensor([1, 2, 2])).sum()).backward()
+    if "gradients" in settings:
+        with pytest.raises(RuntimeError, match="sparse gradient of weight, allowed: a dense one"):
+            optimizer.step()
+        return
+    optimizer.step()
+    before[1] -= 0.125
+    before[2] -= 0.25
+    assert torch.equal(model.weight, nearest(before, FLOAT8))
+
+
+def test_a_parameter_without_gradient_stays():
+    model = quantize_model(small(), weights="float8")
+    optimizer = quantize_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, gradients="float8")
+    set_gradients(model, 1.0)
+    first = next(model.parameters())
+    first.grad = None
+    before = first.detach().clone()
+    optimizer.step()
+    assert torch.equal(first, before)
