@@ -22,7 +22,7 @@ from typing import Any
 from lab.record import REPLACING, status, write_whole
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
-from low_precision.rules import ALL_SITES, Rule
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Rule
 from settings.config import INDECISIVE, Config, flag
 from settings.flags import config_of, flags_of
 
@@ -302,10 +302,15 @@ def rounded(config: Config) -> str:
     elif len(usual) < sum(site in others for site in ALL_SITES):
         words = [f"{_rule_name(base)} {', '.join(usual)}"]
         others = {site: rule for site, rule in others.items() if site in rules}  # float32 needs no saying there
+    if not any(site in rules for site in ALL_SITES):  # operands alone, or a copy of the weights
+        others = {site: rule for site, rule in others.items() if site in rules}
     by_rule: dict[Rule, list[str]] = {}
     for site, rule in others.items():
         by_rule.setdefault(rule, []).append(site)
-    words += [f"{', '.join(sites)} {_rule_name(rule)}" for rule, sites in by_rule.items()]
+    for rule, sites in by_rule.items():
+        if set(OPERANDS) <= set(sites):
+            sites = [*(site for site in sites if site not in OPERANDS), PRODUCTS]
+        words.append(f"{', '.join(sites)} {_rule_name(rule)}")
     return "; ".join(words) + (f"; in {','.join(config.layers)}" if config.layers else "")
 
 

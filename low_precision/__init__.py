@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from low_precision.rounding import Overflow as Overflow
     from low_precision.rounding import Rounding as Rounding
     from low_precision.rounding import rounding_named as rounding_named
+    from low_precision.rules import OPERANDS as OPERANDS
     from low_precision.rules import SITES as SITES
     from low_precision.rules import Rule as Rule
     from low_precision.rules import rule_of as rule_of
@@ -47,6 +48,7 @@ _HOMES = {
     "LayerRounding": "layers",
     "LossScale": "loss_scale",
     "LowPrecision": "model",
+    "OPERANDS": "rules",
     "Overflow": "rounding",
     "Quantize": "wrap",
     "Rounding": "rounding",

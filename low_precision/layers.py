@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from low_precision import loss_scale, torch_private
 from low_precision.clock import Clock, Time
-from low_precision.rules import AROUND_LAYERS, Rule, effective
+from low_precision.functions import LayerOperands, LayerProducts
+from low_precision.rules import AROUND_LAYERS, OPERANDS, Rule, effective
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.tensor import Round
 from low_precision.torch_private import untraced
@@ -33,6 +34,9 @@ LAYER_TYPES: dict[type[nn.Module], LayerType] = {
     nn.Conv1d: LayerType(-2),
     nn.Conv2d: LayerType(-3),
     nn.Conv3d: LayerType(-4),
+    nn.ConvTranspose1d: LayerType(-2),
+    nn.ConvTranspose2d: LayerType(-3),
+    nn.ConvTranspose3d: LayerType(-4),
 }
 
 
@@ -64,13 +68,16 @@ class LayerRounding(nn.Module):
         self.activations = scheme.quantizer("activations", name, clock)
         self.input_errors = scheme.quantizer("errors", f"{name}.input", clock)
         self.output_errors = scheme.quantizer("errors", f"{name}.output", clock)
+        self._operands = LayerOperands(scheme, name, clock)
         self.clock = clock
         self.not_called = False  # in the model's first forward pass: print(model) says so
 
     def shown(self) -> dict[str, Rule]:
         """The rules that reach this layer, in the order of SITES; momentum.NAME comes after momentum."""
         reached = effective(self._rules)
-        return {site: rule for site, rule in reached.items() if self._is_layer or site not in AROUND_LAYERS}
+        return {
+            site: rule for site, rule in reached.items() if self._is_layer or site not in (*AROUND_LAYERS, *OPERANDS)
+        }
 
     def extra_repr(self) -> str:
         sites = ", ".join(f"{site}={rule}" for site, rule in self.shown().items())
@@ -90,7 +97,19 @@ class LayerRounding(nn.Module):
         time.calls[self.name, self.training, replica] += 1
         private_error = self.input_errors is not None and self._has_private_error(layer)
         x = self._round(x, self.inputs, self.input_errors, time, replica, private_error=private_error)
+        if self._operands.are_rounded:
+            self._begin_products(x, time, replica)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
+
+    def _begin_products(self, x: Tensor, time: Time, replica: int) -> None:
+        passes = time.calls[self.name, self.training, replica]
+        call = place_of(x, time, passes, self.training, replica, self._block_dim).call
+        LayerProducts(self._operands, call, time, self.training).begin()
+
+    @untraced
+    def end_products(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        """The layer's forward hook that comes first, and after an error too."""
+        LayerProducts.end(self._operands)
 
     @untraced
     def after(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -99,7 +118,8 @@ class LayerRounding(nn.Module):
         if time.paused:
             return output
         hooks = torch_private.forward_hooks(layer)
-        private = hooks is not None and hooks[0] == self.after and _is_new(layer, output)
+        first = [hook for hook in hooks or () if hook != self.end_products][:1]
+        private = first == [self.after] and not self._operands.are_rounded and _is_new(layer, output)
         replica = replica_of(layer, output)
         y = self._round(output, self.activations, self.output_errors, time, replica, private_value=private)
         return y if self.activations or y is output else y.clone()  # an in-place ReLU is refused on the view of Round

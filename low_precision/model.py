@@ -21,7 +21,7 @@ from low_precision.formats import FLOAT32
 from low_precision.layers import LayerRounding, type_of
 from low_precision.loss_scale import LossScale
 from low_precision.optimizer import OptimizerRounding
-from low_precision.rules import ADDED_SITES, AROUND_LAYERS, is_there, state_of
+from low_precision.rules import ADDED_SITES, AROUND_LAYERS, OPERANDS, is_there, state_of
 from low_precision.scheme import Scheme
 from low_precision.torch_private import forget_compiled, is_replica, parameters_of, untraced
 from low_precision.weights import Weights
@@ -50,6 +50,8 @@ class LowPrecision:
 
     def __init__(self, model: nn.Module, scheme: Scheme, layers: Iterable[str] | None = None) -> None:
         self.model, self.scheme = model, scheme
+        if scheme.backend == "qtorch" and (operands := [site for site in OPERANDS if site in scheme.rules]):
+            raise SettingError("backend qtorch: site", operands[0], "a stored site: qtorch rounds no operands")
         self.clock = Clock(seed=next_seed() if scheme.seed is None else scheme.seed)
         self.loss_scale = LossScale()
         self.layers = _patterns(layers)
@@ -86,13 +88,16 @@ class LowPrecision:
                 self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))  # type: ignore[no-untyped-call]
         for name, module in modules.items():
             rounding = self._show(module, name)
-            if rounding and any(site in rounding.shown() for site in AROUND_LAYERS):
+            if rounding and any(site in rounding.shown() for site in (*AROUND_LAYERS, *OPERANDS)):
                 self._hooks.append(module.register_forward_pre_hook(rounding.before, with_kwargs=True))
+                if any(site in rounding.shown() for site in OPERANDS):
+                    self._hooks.append(module.register_forward_hook(rounding.end_products, always_call=True))
                 self._hooks.append(module.register_forward_hook(rounding.after))
         self._say_unreached()
 
     def _sites_around_layers(self) -> list[str]:
-        return [site for site in AROUND_LAYERS if site in self._rules and is_there(site, self._rules[site])]
+        sites = (*AROUND_LAYERS, *OPERANDS)
+        return [site for site in sites if site in self._rules and is_there(site, self._rules[site])]
 
     @staticmethod
     def _rounding_of(module: nn.Module) -> LayerRounding | None:

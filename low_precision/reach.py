@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from low_precision.layers import LAYER_TYPES, type_of
+from low_precision.rules import OPERANDS, PRODUCTS
 from low_precision.torch_private import parameters_of
 
 # Layers of torch with matrix products that are not rounded.
@@ -21,9 +22,6 @@ _UNREACHED_TYPES = (
     nn.RNNCellBase,
     nn.Bilinear,
     nn.MultiheadAttention,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
 )
 # Functions of torch with matrix products, by name; in place they have an underscore at the end.
 _PRODUCTS = frozenset(
@@ -84,7 +82,7 @@ def warn(sites: Iterable[str], places: Iterable[Place], has_layers: bool, select
     kinds = ", ".join(kind.__name__ for kind in LAYER_TYPES)
     nothing = f"reach nothing: {'what layers= selects' if selected else 'the model'} has no {kinds}"
     where = f"are rounded around {kinds} alone" if has_layers else nothing
-    text = f"{', '.join(sites)} {where}" + (f"; not rounded: {_listed(places)}" if places else "")
+    text = f"{_named(sites)} {where}" + (f"; not rounded: {_listed(places)}" if places else "")
     warnings.warn(text, stacklevel=2)
 
 
@@ -92,10 +90,17 @@ def warn_compiled(sites: Iterable[str]) -> None:
     """One sentence for a model that is compiled before anybody has listened to it."""
     kinds = ", ".join(kind.__name__ for kind in LAYER_TYPES)
     text = (
-        f"{', '.join(sites)} are rounded around {kinds} alone; in a compiled model, products of other layers and of "
+        f"{_named(sites)} are rounded around {kinds} alone; in a compiled model, products of other layers and of "
         "functions are not looked for: call it once before torch.compile to have them named"
     )
     warnings.warn(text, stacklevel=2)
+
+
+def _named(sites: Iterable[str]) -> str:
+    names = list(sites)
+    if set(OPERANDS) <= set(names):
+        names = [*(name for name in names if name not in OPERANDS), PRODUCTS]
+    return ", ".join(names)
 
 
 def _listed(places: Iterable[Place]) -> str:

@@ -12,7 +12,11 @@ from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding, rou
 # The sites, in the order in which one training step passes them. A new one is a name here and the code that rounds it.
 ALL_SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum")  # what "all" means
 ADDED_SITES = ("accumulator", "compensation")  # these exist only when they are asked for, in float32 too
-SITES = ALL_SITES + ADDED_SITES
+# What a product reads, PRODUCT.OPERAND: a layer y = x W^T has three products with two operands each (products.py).
+OPERANDS = ("forward.inputs", "forward.weights", "dgrad.errors", "dgrad.weights", "wgrad.errors", "wgrad.inputs")
+PRODUCTS = "products"  # stands for all of them
+SITES = ALL_SITES + ADDED_SITES  # the stored ones
+_NAMES = (*SITES, *OPERANDS, PRODUCTS)
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at layers; the others are at parameters
 
 # momentum.NAME is a site too: one state of the optimizer, by torch's name for it. It goes before momentum.
@@ -22,7 +26,9 @@ STATES = (  # those of torch's optimizers; others may have others
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"),
     *("sum", "prev", "step_size", "ax", "row_var", "col_var", "variance"),
 )
-SITE_NAMES = ", ".join((*ALL_SITES, "momentum.NAME (one state of the optimizer, as exp_avg_sq)", *ADDED_SITES))
+SITE_NAMES = ", ".join(
+    (*ALL_SITES, "momentum.NAME (one state of the optimizer, as exp_avg_sq)", *ADDED_SITES, *OPERANDS, PRODUCTS)
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def is_site(name: object) -> bool:
     if not isinstance(name, str):
         return False
     state = state_of(name)
-    return name in SITES if state is None else state.isidentifier() and state not in COUNTS
+    return name in _NAMES if state is None else state.isidentifier() and state not in COUNTS
 
 
 def state_of(site: str) -> str | None:
@@ -106,13 +112,24 @@ def _unknown_site(name: object, text: object, form: str = "") -> SettingError:
     elif state.isidentifier() and nearest(base, SITES) == "momentum":
         near = _STATE + state
     else:
-        near = nearest(word, (*SITES, *(_STATE + known for known in STATES)))
+        near = nearest(word, (*_NAMES, *(_STATE + known for known in STATES)))
     return SettingError("site", shown(text), form + SITE_NAMES, near)
 
 
 def in_order(sites: Iterable[str]) -> list[str]:
-    """Sites in the order of SITES, those of single states by name after momentum."""
-    return sorted(sites, key=lambda site: (SITES.index(site.partition(".")[0]), site))
+    """Sites in the order of a training step, those of single states by name after momentum, operands last."""
+    return sorted(sites, key=lambda site: (_NAMES.index("momentum" if state_of(site) else site), site))
+
+
+def overridden(rules: Mapping[str, Rule], others: Iterable[tuple[str, Rule]]) -> dict[str, Rule]:
+    """The rules by site, and over them others in their order, the later ones over the earlier ones.
+
+    `products` stands for its six operands.
+    """
+    by_site: dict[str, Rule] = {}
+    for site, rule in (*rules.items(), *others):
+        by_site |= dict.fromkeys(OPERANDS if site == PRODUCTS else [site], rule)
+    return by_site
 
 
 def effective(rules: Mapping[str, Rule]) -> dict[str, Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -50,6 +51,12 @@ class Quantizer:
         if self._key is None or self._key[0] != self.clock.seed:
             self._key = self.clock.seed, Key.of(self.clock.seed, *self.names)
         return self._key[1]
+
+    def with_format(self, format: BlockFormat) -> Quantizer:
+        """The same for numbers that share scales in another way: the same noise."""
+        other = copy(self)
+        other.rule = replace(self.rule, format=format)
+        return other
 
     def __call__(
         self,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from low_precision.clock import Clock, next_seed
 from low_precision.engines import choice
-from low_precision.errors import SettingError
+from low_precision.errors import SettingError, nearest
 from low_precision.formats import FLOAT32
 from low_precision.layers import LayerRounding, place_of, replica_of, round_flowing
 from low_precision.model import LowPrecision
 from low_precision.optimizer import OptimizerRounding
 from low_precision.rounding import AnyRounding, Overflow, Rounding, overflow_named, rounding_named
-from low_precision.rules import Rule, Spec, rule_of
+from low_precision.rules import OPERANDS, PRODUCTS, Rule, Spec, overridden, rule_of
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.torch_private import inside_compiled, untraced
 
@@ -37,6 +37,7 @@ def quantize_model(
     layers: Iterable[str] | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
+    **operands: Spec | None,
 ) -> nn.Module:
     """Round what `model` computes with, from now on: the same model, in place, weights rounded at once.
 
@@ -46,13 +47,22 @@ def quantize_model(
     site names none. seed: of all stochastic rounding, that of the optimizer too; None: a model takes 0, the next one of
     this process 1, and so on, and the optimizer's state_dict holds the number. layers: name patterns of the modules to
     round, see LowPrecision.
+    operands: what products read, by site, **{"forward.inputs": "mxfp8_e4m3"}; "products" stands for all six.
     A layer or parameter that is added or replaced later: RuntimeError at the next forward pass or step, until
     quantize_model(model), without a site, takes it in. What is compiled or parallel is wrapped after, or before: both
     work, with the same noise. Raises ValueError for unknown names and a model that is rounded already, TypeError for
     parameters that are not float32.
     """
     sites = {"weights": weights, "inputs": inputs, "activations": activations, "errors": errors}
-    rules = _rules(sites | {"accumulator": accumulator, "compensation": compensation}, rounding)
+    for name in operands:
+        if name not in (*OPERANDS, PRODUCTS):
+            near = nearest(name, (*OPERANDS, PRODUCTS))
+            hint = f" (did you mean {near}?)" if near else ""
+            raise TypeError(f"quantize_model() got an unexpected keyword argument {name!r}{hint}")
+    kept = {"accumulator": accumulator, "compensation": compensation}
+    of_operands = _rules(operands, rounding)
+    of_all = {PRODUCTS: of_operands.pop(PRODUCTS)} if PRODUCTS in of_operands else {}
+    rules = overridden(_rules(sites | kept, rounding) | of_all, of_operands.items())
     _check_seed(seed)
     choice.check(backend)
     plain = _unwrapped(model)

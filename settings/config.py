@@ -18,10 +18,13 @@ from low_precision.rounding import Overflow, Rounding, is_random, overflow_named
 from low_precision.rules import (
     ADDED_SITES,
     ALL_SITES,
+    OPERANDS,
+    PRODUCTS,
     SITE_NAMES,
     Rule,
     check_rules,
     effective,
+    overridden,
     site_rule,
     state_of,
 )
@@ -112,7 +115,7 @@ class Config:
         ALL_SITES,
         "rounding",
         Kind(f"all, none, or a comma-separated choice of {SITE_NAMES}", kinds.sites),
-        f"the sites that are rounded; all is every one but {' and '.join(ADDED_SITES)}",
+        f"the sites that are rounded; all is every one but {', '.join(ADDED_SITES)} and {PRODUCTS}",
         default_text="all",
     )
     site: tuple[str, ...] = _setting(
@@ -223,8 +226,10 @@ class Config:
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
                 raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
         unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
-        if unknown or any(state_of(site) is not None for site in rules):
-            lacks = "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME"
+        if unknown or any(state_of(site) is not None or site in OPERANDS for site in rules):
+            lacks = (
+                "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME, no operands"
+            )
             raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
 
     @classmethod
@@ -263,8 +268,7 @@ class Config:
         """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
         base = format_named(self.precision)
         rules = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
-        rules |= dict(site_rule(text, self.rounding) for text in self.site)
-        return effective(rules)
+        return effective(overridden(rules, (site_rule(text, self.rounding) for text in self.site)))
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.rounding import ROUNDING_NAMES, rounding_named
-from low_precision.rules import ALL_SITES, SITES, check_site, in_order, is_site, site_rule
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, SITES, check_site, in_order, is_site, site_rule
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,15 @@ def sites(value: Any) -> tuple[str, ...]:
     if value in ("all", "none"):
         return ALL_SITES if value == "all" else ()
     chosen = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    known = (*SITES, *OPERANDS, PRODUCTS, "all", "none")
     for name in chosen:
-        if not is_site(name) and (near := nearest(name, (*SITES, "all", "none"))) in ("all", "none"):
+        if not is_site(name) and (near := nearest(name, known)) in ("all", "none"):
             raise SettingError(None, shown(value), "", near)
         check_site(name)
     if len(set(chosen)) < len(chosen):
         raise ValueError
-    return tuple(in_order(chosen))
+    names = [site for name in chosen for site in (OPERANDS if name == PRODUCTS else [name])]
+    return tuple(in_order(set(names)))
 
 
 def overrides(value: Any) -> tuple[str, ...]:

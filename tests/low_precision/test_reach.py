@@ -184,9 +184,6 @@ LAYERS = {
     "RNNCell": lambda: nn.RNNCell(8, 8),
     "Bilinear": lambda: nn.Bilinear(8, 8, 8),
     "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2),
-    "ConvTranspose1d": lambda: nn.ConvTranspose1d(8, 8, 3),
-    "ConvTranspose2d": lambda: nn.ConvTranspose2d(8, 8, 3),
-    "ConvTranspose3d": lambda: nn.ConvTranspose3d(8, 8, 3),
 }
 
 
