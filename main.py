@@ -18,6 +18,7 @@ from lab.console import command, say
 from lab.record import REPLACING, status
 from lab.resume import RunEnded, offer, to_resume
 from low_precision import formats
+from low_precision.errors import SettingError
 from settings import recipes
 from settings.config import Config, ConfigError, flag
 from settings.flags import parser
@@ -87,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print(report(result))
         return 0
-    except ConfigError as error:
+    except SettingError as error:  # of the library, where only the model could tell: a site that reaches nothing
         if first:
-            say(f"main.py: error: {error}")
+            say(f"main.py: error: {error if isinstance(error, ConfigError) else ConfigError.of(error)}")
         return 2
     except KeyboardInterrupt as stop:
         if first:

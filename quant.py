@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from low_precision import quantize, quantize_model, quantize_optimizer
+from low_precision import by_layer, quantize, quantize_model, quantize_optimizer
 from low_precision.clock import BatchPart
 from low_precision.errors import SettingError, shown
 from low_precision.formats import BlockFormat
@@ -62,10 +62,15 @@ def round_run(
     """Puts the rounding that `config` asks for around the model and its optimizer.
 
     over_processes: from whether an error overflowed in this process to whether one did in any; None for one process.
-    ConfigError for a pattern of --layers that matches nothing: only the model knows its names.
+    ConfigError for a pattern of --layers or --site that matches nothing, and for rules that do not go together in a
+    module: only the model knows its names.
     """
-    scheme = Scheme(config.rules(), config.noise_seed, Overflow(config.overflow), config.backend)
+    lines = config.lines()
+    scheme = Scheme(config.rules(), config.noise_seed, Overflow(config.overflow), config.backend, lines=lines)
+    patterns = by_layer.patterns_of(config.layers)
     try:
+        by_layer.check_patterns(model, patterns)
+        by_layer.check_lines(model, lines, patterns, setting="site")
         low = LowPrecision(model, scheme, config.layers)
     except SettingError as error:
         raise ConfigError.of(error) from None

@@ -55,7 +55,7 @@ class Look:
 def look(setting: Setting) -> Look:
     """Colour by the main rule, and whether updates are kept in a wider form; line by its rounding; mark by the rest."""
     rules = setting.rules
-    if not rules:
+    if not setting.rounds:
         return Look("#000000", "-", "o")
     rule = main_rule(rules)
     random = is_random(rule.rounding)
@@ -204,7 +204,9 @@ def _rows(settings: Sequence[Setting], metric: str, panels: Sequence[int | None]
 
 
 def _looks(settings: Sequence[Setting]) -> list[Look]:
-    """Each setting's own look; of settings that differ in their training alone, the later ones take free colours."""
+    """Each setting's own look; of settings that differ in their training or in single modules alone, the later ones
+    take free colours.
+    """
     looks: list[Look] = []
     for number, setting in enumerate(settings):
         its_look = look(setting)

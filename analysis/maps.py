@@ -20,7 +20,7 @@ def _widths(runs: Sequence[Run], metric: str, epoch: int | None) -> Maps:
     maps: Maps = {}
     for setting in settings_of(runs):
         rule, values = uniform_rule(setting.rules), setting.values(metric, epoch)
-        if rule and values and _is_any_width(rule.format):
+        if rule and values and not setting.lines and _is_any_width(rule.format):
             bits = rule.format.exponent_bits, rule.format.mantissa_bits
             maps.setdefault(rule.rounding, {}).setdefault(bits, []).extend(factor(metric) * v for v in values)
     return maps
@@ -84,7 +84,7 @@ def bit_widths(runs: Sequence[Run], metric: str, path: Path, title: str = "", ep
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     settings = settings_of(runs)
-    baseline = [factor(metric) * v for s in settings if not s.rules for v in s.values(metric, epoch)]
+    baseline = [factor(metric) * v for s in settings if not s.rounds for v in s.values(metric, epoch)]
     against = f"; float32: {shown(statistics.median(baseline), metric)}" if baseline else ""
     chart.suptitle((title or f"{title_of(settings, metric)}") + against)
     runs_of_each = sorted({len(values) for places in maps.values() for values in places.values()})

@@ -22,7 +22,7 @@ from typing import Any
 from lab.record import REPLACING, status, write_whole
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
-from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Rule
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, is_there
 from settings.config import INDECISIVE, Config, flag
 from settings.flags import config_of, flags_of
 
@@ -76,6 +76,16 @@ class Setting:
     @functools.cached_property
     def rules(self) -> dict[str, Rule]:
         return self.config.rules()
+
+    @functools.cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """What stands over the rules in some modules."""
+        return self.config.lines()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is rounded."""
+        return bool(self.rules) or any(is_there(line.site, line.rule) for line in self.lines)
 
     def values(self, metric: str, epoch: int | None = None) -> list[float]:
         """Those of its runs, where there is one."""
@@ -213,7 +223,7 @@ def _key(config: Config) -> str:
 def baseline_of(setting: Setting, settings: Iterable[Setting]) -> Setting | None:
     """The setting that rounds nothing and trains alike; of several, the one with the most fields at their defaults."""
     training = _key(_unrounded(setting.config))
-    alike = [s for s in settings if not s.rules and _key(_unrounded(s.config)) == training]
+    alike = [s for s in settings if not s.rounds and _key(_unrounded(s.config)) == training]
     return min(alike, key=lambda s: len(flags_of(s.config, NOT_IN_FLAGS)), default=None)
 
 
@@ -248,7 +258,15 @@ def _order(config: Config) -> tuple:
     training = tuple(_sortable(getattr(config.resolved(), name)) for name in TRAINING_FIELDS)
     rounding = Rounding.STOCHASTIC if isinstance(base.rounding, FewBits) else base.rounding
     main = -bits_of(base.format), _sortable(base.format.name), list(Rounding).index(rounding), _sortable(base.rounding)
-    return training, bool(rules), main, len(_others(rules)), _sortable(rounded(config)), _sortable(flags_text(config))
+    number = len(_others(rules)) + len(config.lines())
+    return (
+        training,
+        bool(rules or config.lines()),
+        main,
+        number,
+        _sortable(rounded(config)),
+        _sortable(flags_text(config)),
+    )
 
 
 def _sortable(value: Any) -> tuple:
@@ -291,6 +309,24 @@ def _shown(value: Any) -> str:
 
 def rounded(config: Config) -> str:
     """What is rounded, in a few words: "float8 stochastic; accumulator float16 stochastic"."""
+    return "; ".join([_rounded_everywhere(config), *_rounded_by_layer(config)])
+
+
+def _rounded_by_layer(config: Config) -> list[str]:
+    """The lines by layer, those of one rule and one pattern together, in their order; and the chosen layers."""
+    groups: list[tuple[str, list[str], Rule]] = []  # pattern, sites, rule
+    for line in config.lines():
+        pattern = line.pattern or "*"
+        if groups and (groups[-1][0], groups[-1][2]) == (pattern, line.rule):
+            groups[-1][1].append(line.site)
+        else:
+            groups.append((pattern, [line.site], line.rule))
+    texts = [f"{pattern}/{','.join(sites)} {_rule_name(rule)}" for pattern, sites, rule in groups]
+    layers = config.layers if config.rules() or texts else None
+    return texts + ([f"in {','.join(layers)}"] if layers else [])
+
+
+def _rounded_everywhere(config: Config) -> str:
     rules = config.rules()
     if not rules:
         return FLOAT32.name
@@ -311,7 +347,7 @@ def rounded(config: Config) -> str:
         if set(OPERANDS) <= set(sites):
             sites = [*(site for site in sites if site not in OPERANDS), PRODUCTS]
         words.append(f"{', '.join(sites)} {_rule_name(rule)}")
-    return "; ".join(words) + (f"; in {','.join(config.layers)}" if config.layers else "")
+    return "; ".join(words)
 
 
 def _others(rules: dict[str, Rule]) -> dict[str, Rule]:

@@ -1,10 +1,11 @@
-"""What rounding costs in a training step: python bench/step.py [--rounds 10] [--models linear,cnn,resnet20]
+"""What rounding costs in a training step: python bench/step.py [--rounds 10] [--models linear,cnn,resnet20,transformer]
 
 For each model, steps in float32 (the same plain PyTorch loop, without any of this project's hooks, and with train.py's
 layout), then all that train.py does in a float32 step (images cropped and flipped from bytes, metrics), then steps with
-every site rounded, take turns; printed are medians of ms a step, quartiles, the ratio to float32 in
-the same round, and the most memory that a process of its own with such steps had (read from Linux's /proc). Random data
-of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32 (channels_last).
+every site rounded, and with the operands of all products, take turns; printed are medians of ms a step, quartiles, the
+ratio to float32 in the same round, and the most memory that a process of its own with such steps had (read from Linux's
+/proc). Random data of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32
+(channels_last), transformer 16 x 64 tokens (4 layers of width 128, 4 heads, causal).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -27,10 +29,11 @@ from lab.metrics import TASKS, TrainMetrics
 from lab.optimizers import lean
 from low_precision.model import LowPrecision
 from low_precision.rounding import Rounding
-from low_precision.rules import ALL_SITES, rule_of
+from low_precision.rules import ALL_SITES, OPERANDS, rule_of
 from low_precision.scheme import Scheme
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
+TOKENS, WIDTH, SYMBOLS = (16, 64), 128, 64  # of the transformer
 WIDE = rule_of("float16:stochastic")
 WHOLE = "float32, all of it"
 SETTINGS = {
@@ -40,29 +43,66 @@ SETTINGS = {
     "float8 stochastic": dict.fromkeys(ALL_SITES, rule_of("float8", Rounding.STOCHASTIC)),
     "qtorch-tutorial": dict.fromkeys(ALL_SITES, rule_of("float8")) | {"momentum": WIDE, "accumulator": WIDE},
     "mxfp8_e4m3 nearest": dict.fromkeys(ALL_SITES, rule_of("mxfp8_e4m3")),
+    "products float8": dict.fromkeys(OPERANDS, rule_of("float8")),
+    "products mxfp8_e4m3": dict.fromkeys(OPERANDS, rule_of("mxfp8_e4m3")),
+    "products mxfp8_e4m3 stochastic": dict.fromkeys(OPERANDS, rule_of("mxfp8_e4m3:stochastic")),
 }
+
+
+class Block(nn.Module):
+    """One layer of the transformer, pre-norm: tokens (samples, tokens, width) -> the same."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.read, self.write = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, tokens, _ = x.shape
+        read = self.read(self.before_attention(x)).view(samples, tokens, 3, self.heads, -1)
+        q, k, v = read.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.write(seen.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.before_mlp(x))
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(1)
+    blocks = [Block() for _ in range(4)]
+    return nn.Sequential(nn.Embedding(SYMBOLS, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SYMBOLS))
 
 
 def stepper(name: str, rules: dict | None, backend: str) -> Callable[[], None]:
     """A function that does one training step."""
+    model, x, y = training(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    if rules is not None:
+        LowPrecision(model, Scheme(rules, seed=1, backend=backend)).attach(optimizer)
+    loss_of = F.cross_entropy if y.dtype == torch.int64 else F.mse_loss
+
+    def step() -> None:
+        loss = loss_of(model(x).flatten(0, -2), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def training(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, a batch that it reads, and what it should give."""
+    if name == "transformer":
+        tokens = torch.randint(SYMBOLS, TOKENS, generator=torch.Generator().manual_seed(2))
+        return transformer(), tokens, tokens.roll(-1, 1).flatten()
     rows, shape, outputs = SHAPES[name]
     model = models.build(name, shape, outputs, 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(2))
     y = torch.randn(rows, 1) if outputs == 1 else torch.randint(0, outputs, (rows,))
     if len(shape) == 3:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if rules is not None:
-        LowPrecision(model, Scheme(rules, seed=1, backend=backend)).attach(optimizer)
-    loss_of = F.mse_loss if outputs == 1 else F.cross_entropy
-
-    def step() -> None:
-        loss = loss_of(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return model, x, y
 
 
 def whole_stepper(name: str) -> Callable[[], None]:
@@ -109,7 +149,7 @@ def stepper_of(name: str, setting: str, backend: str) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--models", default=",".join(SHAPES))
+    parser.add_argument("--models", default=",".join((*SHAPES, "transformer")))
     parser.add_argument("--backend", default="fused")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -122,8 +162,9 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {asked.backend}, n = {asked.rounds} rounds")
     for name in asked.models.split(","):
-        steps = {setting: stepper_of(name, setting, asked.backend) for setting in SETTINGS}
-        calls = 1 if name == "resnet20" else 50
+        settings = [setting for setting in SETTINGS if setting != WHOLE or name in SHAPES]
+        steps = {setting: stepper_of(name, setting, asked.backend) for setting in settings}
+        calls = {"resnet20": 1, "transformer": 2}.get(name, 50)
         for step in steps.values():
             for _ in range(2):  # what is loaded and compiled once
                 step()
@@ -134,13 +175,13 @@ def main() -> None:
                 for _ in range(calls):
                     step()
                 times[setting].append((time.perf_counter() - start) / calls * 1e3)
-        print(f"\n{name}, batch {SHAPES[name][0]}")
-        print(f"  {'':20} {'ms a step':>10} {'quartiles':>19} {'x float32':>10} {'MB':>7}")
+        print(f"\n{name}, batch {SHAPES[name][0] if name in SHAPES else TOKENS[0]}")
+        print(f"  {'':30} {'ms a step':>10} {'quartiles':>19} {'x float32':>10} {'MB':>7}")
         for setting, found in times.items():
             low, middle, high = statistics.quantiles(found, n=4)
             ratio = statistics.median(t / f for t, f in zip(found, times["float32"], strict=True))
             most = memory(name, setting, asked.backend)
-            print(f"  {setting:20} {middle:10.2f} {low:9.2f} {high:9.2f} {ratio:10.2f} {most:7.0f}")
+            print(f"  {setting:30} {middle:10.2f} {low:9.2f} {high:9.2f} {ratio:10.2f} {most:7.0f}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def by_rule(settings: Sequence[Setting], sites: Sequence[str] | None = None) -> 
     from analysis.runs import uniform_rule
     from low_precision.rules import ALL_SITES
 
-    rules = [uniform_rule(setting.rules, sites or ALL_SITES) for setting in settings]
+    rules = [None if setting.lines else uniform_rule(setting.rules, sites or ALL_SITES) for setting in settings]
     return {rule: setting for rule, setting in zip(rules, settings, strict=True) if rule}
 
 

@@ -1,4 +1,4 @@
-"""What the end of a run says of its numbers: moments that became zero, and training that left the model worse.
+"""What the end of a run says of its numbers: what was not rounded, moments that became zero, a model made worse.
 
 A run can be complete and yet worth nothing, because formats that saturate never show a NaN. What is measured here is in
 summary.json, and what is worth a sentence is printed too. Nothing of it changes a number of the run.
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from data import DATASETS
 from lab.metrics import TASKS
+from low_precision.by_layer import shared_names
 from low_precision.formats import Format
-from low_precision.rules import COUNTS, momentum_rule
+from low_precision.rules import COUNTS, FLOWING, momentum_rule
+from low_precision.scheme import Scheme
+from low_precision.wrap import coverage
 from settings.config import Config
 
 if TYPE_CHECKING:
@@ -79,7 +82,20 @@ def measured(state: State) -> dict[str, Any]:
         fields["vanished"] = {"exp_avg_sq": {"share": moments.share, "step": moments.step, "at_the_end": share}}
     if shares := _saturated(state):
         fields["saturated"] = shares
+    if stays := _not_rounded(state):
+        fields["not_rounded"] = stays
     return fields
+
+
+def _not_rounded(state: State) -> str:
+    """What of the numbers that flow through the model is not rounded, in one line; of a model where others are."""
+    sites = {*state.config.rules(), *(line.site for line in state.config.lines())}
+    if not sites & set(FLOWING) or state.config.backend == "qtorch":
+        return ""
+    try:
+        return coverage(state.model).sentence()
+    except ValueError:  # no step was made
+        return ""
 
 
 @torch.no_grad()
@@ -96,8 +112,9 @@ def _saturated(state: State) -> dict[str, float]:
 
 def _stored(state: State) -> Iterator[tuple[str, Format, Tensor]]:
     """The weights and the optimizer's moments that are rounded to a format with a largest value, and their sites."""
-    rules = state.config.rules()
-    for p in state.model.parameters():
+    scheme = Scheme(state.config.rules(), lines=state.config.lines(), shared_names=shared_names(state.model))
+    for full_name, p in state.model.named_parameters():
+        rules = scheme.of_parameter(full_name).rules
         tensors = [("weights", rules.get("weights"), p)]
         for name, value in state.optimizer.state.get(p, {}).items():
             if torch.is_tensor(value) and name not in COUNTS:
@@ -138,10 +155,14 @@ def _of_loss(config: Config, summary: dict[str, Any]) -> Iterator[str]:
         what = "the model learned nothing"
     else:
         return
-    ends = [f"{share:.1%} of {site} at {rules[site].format.largest:g}" for site, share in saturated.items()]
+    wider = ", a wider format" if rules or config.lines() else ""
+    ends = [
+        f"{share:.1%} of {site}" + ("" if config.lines() else f" at {rules[site].format.largest:g}")
+        for site, share in saturated.items()
+    ]
     yield (
         f"warning: {what}: the training loss was {first:.4g} at the first step and is {losses[0]:.4g} at the end, the"
         f" testing loss {losses[1]:.4g}; a constant answer has {constant:.3g}"
         f"{'; at the largest magnitude of their format: ' if ends else ''}{', '.join(ends)}"
-        f"; what may help: a --learning-rate below {config.learning_rate:g}{', a wider format' if rules else ''}"
+        f"; what may help: a --learning-rate below {config.learning_rate:g}{wider}"
     )

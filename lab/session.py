@@ -208,6 +208,8 @@ class Session:
         parameters = sum(p.numel() for p in state.model.parameters())
         summary |= {"seconds": seconds, "parameters": parameters, "resumed": state.resumed}
         summary["rules"] = {site: str(rule) for site, rule in state.config.rules().items()}
+        if lines := state.config.lines():
+            summary["lines"] = [str(line) for line in lines]
         if status in REPLACING:
             summary |= remarks.measured(state)
             if said := remarks.sentences(state.config, summary):
@@ -250,5 +252,7 @@ def report(result: Result) -> str:
     for name, value in summary.items():
         if name.startswith(("training_", "testing_", "averaged_")):
             lines.append(f"  {name:26} {value:.6g}")
+    if "not_rounded" in summary:
+        lines.append(f"not rounded: {summary['not_rounded']}")
     lines.append(f"record: {result.folder}")
     return "\n".join([*lines, *result.notes])

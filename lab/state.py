@@ -17,6 +17,7 @@ from lab.fingerprint import LENGTH, UNKNOWN
 from lab.metrics import Losses, Metrics, TrainMetrics
 from lab.optimizers import Schedule
 from lab.remarks import SecondMoments
+from low_precision.formats import FLOAT32
 from low_precision.noise import Key
 from settings.config import Config, ConfigError
 
@@ -48,8 +49,8 @@ class State:
     second_moments: SecondMoments = field(init=False)  # those of Adam that became zero
 
     def __post_init__(self) -> None:
-        sites = {site.partition(".")[0] for site in self.config.rules()}
-        self.second_moments = SecondMoments(rounded="momentum" in sites)
+        sites = [*self.config.rules(), *(line.site for line in self.config.lines() if line.rule.format != FLOAT32)]
+        self.second_moments = SecondMoments(rounded=any(site.partition(".")[0] == "momentum" for site in sites))
 
     def begin_epoch(self) -> None:
         """Starts the next epoch, unless a resumed run is in the middle of it."""

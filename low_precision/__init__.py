@@ -23,17 +23,20 @@ if TYPE_CHECKING:
     from low_precision.loss_scale import LossScale as LossScale
     from low_precision.model import LowPrecision as LowPrecision
     from low_precision.noise import Key as Key
+    from low_precision.noted import Coverage as Coverage
     from low_precision.rounding import FewBits as FewBits
     from low_precision.rounding import Overflow as Overflow
     from low_precision.rounding import Rounding as Rounding
     from low_precision.rounding import rounding_named as rounding_named
     from low_precision.rules import OPERANDS as OPERANDS
     from low_precision.rules import SITES as SITES
+    from low_precision.rules import Line as Line
     from low_precision.rules import Rule as Rule
     from low_precision.rules import rule_of as rule_of
     from low_precision.scheme import Scheme as Scheme
     from low_precision.tensor import quantize as quantize
     from low_precision.wrap import Quantize as Quantize
+    from low_precision.wrap import coverage as coverage
     from low_precision.wrap import plain_copy as plain_copy
     from low_precision.wrap import quantize_model as quantize_model
     from low_precision.wrap import quantize_optimizer as quantize_optimizer
@@ -42,10 +45,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockFormat": "formats",
+    "Coverage": "noted",
     "FewBits": "rounding",
     "Format": "formats",
     "Key": "noise",
     "LayerRounding": "layers",
+    "Line": "rules",
     "LossScale": "loss_scale",
     "LowPrecision": "model",
     "OPERANDS": "rules",
@@ -56,6 +61,7 @@ _HOMES = {
     "SITES": "rules",
     "Scheme": "scheme",
     "SettingError": "errors",
+    "coverage": "wrap",
     "format_named": "formats",
     "plain_copy": "wrap",
     "quantize": "tensor",

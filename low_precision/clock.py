@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,7 @@ class FirstRun:
             clocks = list(_clocks)
         self._times = {clock: clock.now().noted() for clock in clocks}
         self._backward_passes = inside.backward_passes if inside else {}
+        self._surroundings = [note() for note in _notes]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -110,7 +111,10 @@ class FirstRun:
         before = _thread.again
         _thread.again = _Again(self._times, self._backward_passes)
         try:
-            yield
+            with ExitStack() as stack:
+                for surroundings in self._surroundings:
+                    stack.enter_context(surroundings())
+                yield
         finally:
             _thread.again = before
 
@@ -147,6 +151,11 @@ class _TimeAgain(Time):
         return self._backward_passes.setdefault((self._clock, self.step, *rounding), itertools.count())
 
 
+def on_first_run(note: Callable[[], Callable[[], AbstractContextManager[None]]]) -> None:
+    """Has `note` called before each first run; what it gives makes the surroundings of each later one."""
+    _notes.append(note)
+
+
 def next_seed() -> int:
     """A seed for what is given none: 0, 1, ... in one process."""
     return next(_seeds)
@@ -154,6 +163,7 @@ def next_seed() -> int:
 
 _seeds = itertools.count()
 _clocks: weakref.WeakSet[Clock] = weakref.WeakSet()  # all that there are
+_notes: list[Callable[[], Callable[[], AbstractContextManager[None]]]] = []
 _all_clocks = threading.RLock()  # held while they are read or get another one
 
 

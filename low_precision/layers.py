@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from low_precision import loss_scale, torch_private
+from low_precision import torch_private
 from low_precision.clock import Clock, Time
-from low_precision.functions import LayerOperands, LayerProducts
-from low_precision.rules import AROUND_LAYERS, OPERANDS, Rule, effective
+from low_precision.flow import place_of, replica_of, round_flowing
+from low_precision.rules import FLOWING, Rule, effective
+from low_precision.running import ModuleHooks, hidden, innermost
 from low_precision.scheme import Quantizer, Scheme
-from low_precision.tensor import Round
 from low_precision.torch_private import untraced
 
 
@@ -51,6 +49,24 @@ def type_of(module: nn.Module) -> LayerType | None:
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
+class ShownFunctions:
+    """In place of a module's extra_repr: what that says, and how the functions that the module calls are rounded."""
+
+    def __init__(self, module: nn.Module, lines: list[str]) -> None:
+        self._module, self._lines = module, lines
+
+    def __call__(self) -> str:
+        return "\n".join(filter(None, [type(self._module).extra_repr(self._module), *self._lines]))
+
+    @staticmethod
+    def show(module: nn.Module, lines: list[str]) -> None:
+        """From now on print(module) shows these lines too; none: no more."""
+        if isinstance(vars(module).get("extra_repr"), ShownFunctions):
+            del module.extra_repr
+        if lines and "extra_repr" not in vars(module):
+            module.extra_repr = ShownFunctions(module, lines)  # type: ignore[method-assign]
+
+
 class LayerRounding(nn.Module):
     """The roundings of one layer, as a child of it, so that print(model) shows them.
 
@@ -58,8 +74,19 @@ class LayerRounding(nn.Module):
     none of LAYER_TYPES has no others.
     """
 
-    def __init__(self, scheme: Scheme, rules: dict[str, Rule], name: str, layer: nn.Module, clock: Clock) -> None:
-        """rules: those to show; the optimizer's come later, into the same dict. name: the layer's in its model."""
+    def __init__(
+        self,
+        scheme: Scheme,
+        rules: dict[str, Rule],
+        name: str,
+        layer: nn.Module,
+        clock: Clock,
+        frames: ModuleHooks | None,
+    ) -> None:
+        """rules: those to show; the optimizer's come later, into the same dict. name: the layer's in its model.
+
+        frames: the hooks that say when the layer runs.
+        """
         super().__init__()
         kind = type_of(layer)
         self._rules, self.name, self._is_layer = rules, name, kind is not None
@@ -68,16 +95,20 @@ class LayerRounding(nn.Module):
         self.activations = scheme.quantizer("activations", name, clock)
         self.input_errors = scheme.quantizer("errors", f"{name}.input", clock)
         self.output_errors = scheme.quantizer("errors", f"{name}.output", clock)
-        self._operands = LayerOperands(scheme, name, clock)
         self.clock = clock
+        self._end = frames.end if frames else None
+        self._has_operands = frames is not None and frames.rounding.has_operands
         self.not_called = False  # in the model's first forward pass: print(model) says so
+
+    @property
+    def flows(self) -> bool:
+        """Whether something that the layer reads or gives is rounded."""
+        return self._is_layer and (self._has_operands or any((self.inputs, self.activations, self.input_errors)))
 
     def shown(self) -> dict[str, Rule]:
         """The rules that reach this layer, in the order of SITES; momentum.NAME comes after momentum."""
         reached = effective(self._rules)
-        return {
-            site: rule for site, rule in reached.items() if self._is_layer or site not in (*AROUND_LAYERS, *OPERANDS)
-        }
+        return {site: rule for site, rule in reached.items() if self._is_layer or site not in FLOWING}
 
     def extra_repr(self) -> str:
         sites = ", ".join(f"{site}={rule}" for site, rule in self.shown().items())
@@ -95,21 +126,13 @@ class LayerRounding(nn.Module):
         x = arguments[0] if arguments else named["input"]
         replica = replica_of(layer, x)
         time.calls[self.name, self.training, replica] += 1
+        frame = innermost(layer)
+        if frame is not None:
+            frame.own_passes = time.calls[self.name, self.training, replica]
         private_error = self.input_errors is not None and self._has_private_error(layer)
-        x = self._round(x, self.inputs, self.input_errors, time, replica, private_error=private_error)
-        if self._operands.are_rounded:
-            self._begin_products(x, time, replica)
+        with hidden():
+            x = self._round(x, self.inputs, self.input_errors, time, replica, private_error=private_error)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
-
-    def _begin_products(self, x: Tensor, time: Time, replica: int) -> None:
-        passes = time.calls[self.name, self.training, replica]
-        call = place_of(x, time, passes, self.training, replica, self._block_dim).call
-        LayerProducts(self._operands, call, time, self.training).begin()
-
-    @untraced
-    def end_products(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        """The layer's forward hook that comes first, and after an error too."""
-        LayerProducts.end(self._operands)
 
     @untraced
     def after(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -117,12 +140,12 @@ class LayerRounding(nn.Module):
         time = self.clock.now()
         if time.paused:
             return output
-        hooks = torch_private.forward_hooks(layer)
-        first = [hook for hook in hooks or () if hook != self.end_products][:1]
-        private = first == [self.after] and not self._operands.are_rounded and _is_new(layer, output)
+        hooks = self._foreign_hooks(layer)
+        private = hooks is not None and hooks[:1] == [self.after] and not self._has_operands and _is_new(layer, output)
         replica = replica_of(layer, output)
-        y = self._round(output, self.activations, self.output_errors, time, replica, private_value=private)
-        return y if self.activations or y is output else y.clone()  # an in-place ReLU is refused on the view of Round
+        with hidden():
+            y = self._round(output, self.activations, self.output_errors, time, replica, private_value=private)
+            return y if self.activations or y is output else y.clone()  # an in-place ReLU is refused on Round's view
 
     def _round(
         self,
@@ -147,65 +170,15 @@ class LayerRounding(nn.Module):
         """
         if torch_private.hooks_on_all_modules() or torch_private.has_backward_hooks(layer):
             return False
-        hooks = torch_private.forward_hooks(layer)
+        hooks = self._foreign_hooks(layer)
         if _is_watched() or hooks is None or len(hooks) > 1:
             return False
         return _has_torchs_forward(layer) and torch_private.is_last_pre_hook(layer, self.before)
 
-
-class Place(NamedTuple):
-    """Which rounding of a tensor that flows through a model it is: what Quantizer.__call__ has to know of it."""
-
-    call: int
-    step: int
-    dim: int
-    first_row: int
-
-
-def place_of(x: Tensor, time: Time, passes: int, training: bool, replica: int, dim: int) -> Place:
-    """passes: how many forward passes there were, with this one. dim: along which groups of numbers run."""
-    # Each of training and evaluation, each replica and each process has calls of its own, so that none takes another's
-    # noise.
-    call = 2 * (passes - 1) + training + (replica << 32) + (time.rank << 48)
-    first_row = time.part.first_row(len(x)) if training and time.part.rows_before else 0
-    return Place(call, time.step, dim, first_row)
-
-
-def round_flowing(
-    x: Tensor,
-    value: Quantizer | None,
-    error: Quantizer | None,
-    time: Time,
-    place: Place,
-    private_value: bool = False,
-    private_error: bool = False,
-) -> Tensor:
-    """`x` rounded by `value`, and its gradient by `error` when it comes; either may be None.
-
-    private_value, private_error: nobody else sees the tensor, or the gradient, which is then rounded in place.
-    """
-    call, step, dim, first_row = place
-    round_value = partial(value, call=call, step=step, dim=dim, first_row=first_row) if value else None
-    round_error = None
-    if error and x.requires_grad:
-        backward_passes = time.backward_passes((*error.names, place.call))
-        round_error = partial(_round_error, error, place, backward_passes, private_error)
-    if not private_value:
-        return Round.apply(x, round_value, round_error)  # type: ignore[no-any-return, no-untyped-call]
-    if round_value:
-        round_value(x.detach(), out=x.detach())
-    if round_error:
-        x.register_hook(round_error)  # type: ignore[no-untyped-call]
-    return x
-
-
-def _round_error(
-    error: Quantizer, place: Place, backward_passes: Iterator[int], private: bool, gradient: Tensor
-) -> Tensor:
-    poison = loss_scale.note_error(error, gradient)
-    out = gradient if private and not gradient.requires_grad else None
-    rounded = error(gradient, **place._asdict(), out=out, backward_pass=next(backward_passes))
-    return rounded if poison is None else rounded.masked_fill(poison, float("nan"))
+    def _foreign_hooks(self, layer: nn.Module) -> list[Any] | None:
+        """The layer's forward hooks without the one that says that it ran; None where torch does not tell."""
+        hooks = torch_private.forward_hooks(layer)
+        return None if hooks is None else [hook for hook in hooks if hook != self._end]
 
 
 def _is_watched() -> bool:
@@ -224,8 +197,3 @@ def _is_new(layer: nn.Module, output: Tensor) -> bool:
     if output.grad_fn is None:  # autograd does not tell how the output was made, but torch's own layers make a new one
         return _has_torchs_forward(layer)
     return torch_private.is_made_by_a_layer(output)
-
-
-def replica_of(layer: nn.Module, x: Tensor) -> int:
-    """Which of DataParallel's replicas the layer is: they run at once, one a device, and each needs its own noise."""
-    return (x.device.index or 0) if torch_private.is_replica(layer) else 0

@@ -7,23 +7,37 @@ state_dict.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from low_precision import reach
+from low_precision import by_layer, reach
+from low_precision.calls import ModelRun, ModuleRounding
 from low_precision.clock import Clock, next_seed
-from low_precision.errors import SettingError, wrong_type
+from low_precision.errors import SettingError
 from low_precision.formats import FLOAT32
-from low_precision.layers import LayerRounding, type_of
+from low_precision.layers import LAYER_TYPES, LayerRounding, ShownFunctions, type_of
+from low_precision.listening import Listening
 from low_precision.loss_scale import LossScale
+from low_precision.noted import Notes
 from low_precision.optimizer import OptimizerRounding
-from low_precision.rules import ADDED_SITES, AROUND_LAYERS, OPERANDS, is_there, state_of
+from low_precision.rules import (
+    ADDED_SITES,
+    ELEMENTWISE,
+    FLOWING,
+    OPERANDS,
+    Rule,
+    is_of_optimizer,
+    is_there,
+    state_of,
+)
+from low_precision.running import ModuleHooks, hidden
 from low_precision.scheme import Scheme
-from low_precision.torch_private import forget_compiled, is_replica, parameters_of, untraced
+from low_precision.torch_private import forget_compiled, is_replica, parameters_of, untraced, unwrapped
 from low_precision.weights import Weights
 
 _NEW = "was added or replaced after its model was quantized, and is not rounded: call quantize_model(model) again"
@@ -34,9 +48,11 @@ class LowPrecision:
     """Puts `scheme` around `model`, and with `attach` around its optimizer.
 
     layers: name patterns (fnmatch) of the modules to round, each with all that is in it, e.g. ["layer1", "fc"]; None:
-    the whole model. Inputs, activations and errors are rounded at the Linear and Conv layers among them, weights,
-    gradients, momentum and accumulator for all their parameters. Layers of other types, and products that the model
-    computes by functions in its first forward pass, are named in a warning. A pattern that matches no module:
+    the whole model. Where the scheme has lines, each module is rounded by its own rules (Scheme.of), and one that they
+    leave alone as if it had not been selected.
+    What flows is rounded at layers and functions with products (FUNCTIONS), weights, gradients, momentum and
+    accumulator for all parameters. Products that no site reaches are named in a warning at the end of the first forward
+    pass; a site that reaches nothing is a SettingError there, or at the first step. A pattern that matches no module:
     SettingError; a model that is rounded already, or whose rounded weights would be computed from others
     (parametrizations): ValueError. float32 parameters only (TypeError).
     The weights are rounded at once, and again after every load_state_dict. Write to them in place under no_grad: what
@@ -49,32 +65,45 @@ class LowPrecision:
     """
 
     def __init__(self, model: nn.Module, scheme: Scheme, layers: Iterable[str] | None = None) -> None:
-        self.model, self.scheme = model, scheme
-        if scheme.backend == "qtorch" and (operands := [site for site in OPERANDS if site in scheme.rules]):
-            raise SettingError("backend qtorch: site", operands[0], "a stored site: qtorch rounds no operands")
+        self.model, self.scheme = model, replace(scheme, shared_names={}) if scheme.lines else scheme
+        if scheme.backend == "qtorch":
+            if scheme.lines:
+                allowed = "none: qtorch rounds all modules alike"
+                raise SettingError("backend qtorch: layers", str(scheme.lines[0]), allowed)
+            for site in (ELEMENTWISE, *OPERANDS):
+                if site in scheme.rules:
+                    raise SettingError(
+                        "backend qtorch: site", site, "one that qtorch rounds: no elementwise, no operands"
+                    )
         self.clock = Clock(seed=next_seed() if scheme.seed is None else scheme.seed)
         self.loss_scale = LossScale()
-        self.layers = _patterns(layers)
-        self._rules = dict(scheme.rules)  # shown by the layers: the optimizer's come with it
+        self.layers = by_layer.patterns_of(layers)
+        self._whole = self.scheme  # with the optimizer's rules, once there is one
+        self._rules: dict[nn.Module, dict[str, Rule]] = {}  # shown by each: the optimizer's come later
         self._weights = Weights(self.clock)
         self._names: dict[Tensor, str] = {}  # of the parameters that are rounded
         self._modules: list[nn.Module] = []  # those that are rounded
-        _check_patterns(model, self.layers)
+        by_layer.check_patterns(model, self.layers)
+        by_layer.check_lines(model, scheme.lines, self.layers)
         self._hooks: list[Any] = []  # pickled with the model: else a hook of a new process could take their number
+        self._framed: list[nn.Module] = []  # those whose calls of functions are seen
         self._nested: list[nn.TransformerEncoder] = []  # which would have made nested tensors
-        self._listen: set[bool] = set()  # for these modes of training, in the next forward pass
-        self._heard: set[tuple[str, str]] = set()  # products that were named
+        self._run = ModelRun(model)
+        self.listening = Listening(self._run)
         self.extend()
-        self._hooks.append(model.register_forward_pre_hook(self._before_model))
+        self._hooks.append(model.register_forward_pre_hook(self._before_model, prepend=True))
         self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
         model.low_precision = self  # type: ignore[assignment]
 
     def extend(self) -> None:
         """Takes in what the model has: all of it at first, later what was added or replaced since."""
+        if self.scheme.lines:
+            self.scheme.shared_names.clear()
+            self.scheme.shared_names.update(by_layer.shared_names(self.model))
         modules, names = self._missing()
         self._check_new(modules, names)
         forget_compiled()
-        present = {p for module in _select(self.model, self.layers).values() for p in module.parameters(recurse=False)}
+        present = {p for module in self._selected().values() for p in module.parameters(recurse=False)}
         for parameter in [p for p in self._names if p not in present]:
             del self._names[parameter]
             self._weights.drop(parameter)
@@ -86,35 +115,62 @@ class LowPrecision:
                 # First of all, before one that computes with the parameters, as pruning does.
                 self._hooks.append(module.register_forward_pre_hook(self._settle, prepend=True))
                 self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))  # type: ignore[no-untyped-call]
+        frames = self._frame_modules()
         for name, module in modules.items():
-            rounding = self._show(module, name)
-            if rounding and any(site in rounding.shown() for site in (*AROUND_LAYERS, *OPERANDS)):
+            rounding = self._show(module, name, frames.get(id(module)))
+            if rounding and rounding.flows:
                 self._hooks.append(module.register_forward_pre_hook(rounding.before, with_kwargs=True))
-                if any(site in rounding.shown() for site in OPERANDS):
-                    self._hooks.append(module.register_forward_hook(rounding.end_products, always_call=True))
                 self._hooks.append(module.register_forward_hook(rounding.after))
-        self._say_unreached()
+        self._prepare()
 
-    def _sites_around_layers(self) -> list[str]:
-        sites = (*AROUND_LAYERS, *OPERANDS)
-        return [site for site in sites if site in self._rules and is_there(site, self._rules[site])]
+    def _frame_modules(self, always: bool = False) -> dict[int, ModuleHooks]:
+        """The hooks that say when a module runs, by its id, for those that have none yet.
+
+        always: where nothing that flows is rounded, too.
+        """
+        frames: dict[int, ModuleHooks] = {}
+        if not (self._flowing_sites() or always):
+            return frames
+        known = set(map(id, self._framed))
+        # Those that lines leave alone too: what they call is not their container's.
+        for name, module in by_layer.select(self.model, self.layers).items():
+            if id(module) not in known and not isinstance(module, LayerRounding):
+                self._framed.append(module)
+                rounding = ModuleRounding(
+                    self.scheme.of(name),
+                    name,
+                    self.clock,
+                    self._run,
+                    type_of(module) is not None,
+                    type(module) in LAYER_TYPES,
+                )
+                hooks = frames[id(module)] = ModuleHooks(rounding)
+                self._hooks.append(module.register_forward_pre_hook(hooks.begin, prepend=True))
+                self._hooks.append(module.register_forward_hook(hooks.end, always_call=True))
+        return frames
+
+    def _flowing_sites(self) -> list[str]:
+        """The sites of what flows through the model that round something."""
+        there = set().union(*(_there(self.scheme.of(name)) for name in self._selected()))
+        return [site for site in FLOWING if site in there]
+
+    def _selected(self) -> dict[str, nn.Module]:
+        """The modules to round, by name: those that `layers` select, but for those that lines leave alone."""
+        modules = by_layer.select(self.model, self.layers)
+        if not self.scheme.lines:
+            return modules
+        return {name: module for name, module in modules.items() if not self.scheme.leaves_alone(name)}
 
     @staticmethod
     def _rounding_of(module: nn.Module) -> LayerRounding | None:
         rounding = getattr(module, "rounding", None)
         return rounding if isinstance(rounding, LayerRounding) else None
 
-    def _say_unreached(self) -> None:
-        """A warning of the layers around which nothing is rounded; what functions do shows in the next forward pass."""
-        sites = self._sites_around_layers()
-        if not sites:
+    def _prepare(self) -> None:
+        """Listens to the next forward pass of either mode, and has no nested tensors made in evaluation."""
+        if not self._flowing_sites():
             return
-        selected = _select(self.model, self.layers)
-        places = reach.unreached(selected)
-        has_layers = any(type_of(module) for module in selected.values())
-        if places or not has_layers:
-            reach.warn(sites, places, has_layers, selected=self.layers is not None)
-        self._listen = {True, False} if has_layers else set()
+        self.listening.start()
         for module in self.model.modules():
             # In evaluation it would make a nested tensor of a padded batch, whose rows no quantizer can take.
             if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
@@ -128,6 +184,7 @@ class LowPrecision:
                 raise ValueError(f"parameter {name}: it has no shape yet: call the model once before quantize_model")
             if parameter.dtype != torch.float32:
                 raise TypeError(f"parameter {name}: given {parameter.dtype}, allowed: torch.float32")
+            self.scheme.of_parameter(name)  # raises where its rules do not go together
         for name, module in modules.items():
             if self._rounding_of(module):
                 raise ValueError(f"module {name or 'model'} is rounded already: start from a new model")
@@ -135,28 +192,32 @@ class LowPrecision:
                 raise TypeError(f"module {name or 'model'}: given a scripted module, allowed: one of Python")
         if getattr(self.model, "low_precision", self) is not self:
             raise ValueError(_ROUNDED_ALREADY)
-        if not self.scheme.rules.keys() & {"weights", *ADDED_SITES}:
+        if not self.scheme.lines and not self.scheme.rules.keys() & {"weights", *ADDED_SITES}:
             return
-        for name, module in _select(self.model, self.layers).items():  # a known one may compute its weights by now
+        for name, module in self._selected().items():  # a known one may compute its weights by now
             self._check_computed(name, module)
 
     def _check_computed(self, name: str, module: nn.Module) -> None:
         computed = reach.computed_weights(module)
-        if computed and self.scheme.rules.keys() & {"weights", *ADDED_SITES}:
+        if computed and self.scheme.of(name).rules.keys() & {"weights", *ADDED_SITES}:
             raise ValueError(
                 f"weights: {reach.described(name, module)} computes its {computed[0]} from other parameters, so "
                 "what it multiplies by would not be rounded: give layers= without it, or remove the parametrization"
             )
 
     def _round_parameters(self, names: dict[Tensor, str]) -> None:
-        quantizers = {p: self.scheme.quantizer("weights", name, self.clock) for p, name in names.items()}
+        schemes = {p: self.scheme.of_parameter(name) for p, name in names.items()}
+        quantizers = {p: schemes[p].quantizer("weights", name, self.clock) for p, name in names.items()}
         added = {
-            site: {p: self.scheme.quantizer(site, name, self.clock) for p, name in names.items()}
+            site: {
+                p: schemes[p].quantizer(site, name, self.clock)  # None for one in float32
+                for p, name in names.items()
+                if site in schemes[p].rules
+            }
             for site in ADDED_SITES
-            if site in self.scheme.rules  # None for one in float32
         }
         weights = {p: quantizer for p, quantizer in quantizers.items() if quantizer}
-        self._weights.add(weights, added.get("accumulator", {}), added.get("compensation", {}))
+        self._weights.add(weights, added["accumulator"], added["compensation"])
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward() on."""
@@ -173,6 +234,10 @@ class LowPrecision:
         Returns the optimizer to step: the same object, or with the backend qtorch qtorch's OptimLP around it.
         """
         scheme = scheme or self.scheme
+        if scheme is not self.scheme and (lines := scheme.lines or self.scheme.lines):  # the model's hold here too
+            if lines != self.scheme.lines:
+                by_layer.check_lines(self.model, lines, self.layers)
+            scheme = replace(scheme, lines=lines, shared_names=self.scheme.shared_names)
         scale = LossScale(loss_scale)
         if isinstance(getattr(optimizer, "loss_scale", None), LossScale):
             raise ValueError("this optimizer rounds already: make a new one")
@@ -182,7 +247,7 @@ class LowPrecision:
             raise ValueError(
                 f"given {kind}, which has another optimizer inside ({inner[0]}), allowed: one that has not"
             )
-        for site, rule in scheme.rules.items():
+        for site, rule in (*scheme.rules.items(), *((line.site, line.rule) for line in scheme.lines)):
             if site.startswith("momentum") and rule.format != FLOAT32 and isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError(f"{site}: LBFGS remembers steps, not moments of each parameter: it stays in float32")
         if self.scheme.backend == "qtorch":
@@ -197,12 +262,16 @@ class LowPrecision:
                 scale = (
                     self.loss_scale if self.loss_scale.value == scale.value and not self.loss_scale.dynamic else scale
                 )
-            OptimizerRounding(self._names, self._weights, scheme, scale, self.check).attach(optimizer)
+            OptimizerRounding(self._names, self._weights, scheme, scale, self.check_step).attach(optimizer)
         self.loss_scale = scale
-        self._rules.clear()
-        self._rules.update(scheme.rules)
+        self._whole = scheme
+        names = {id(module): name for name, module in self.model.named_modules()}
         for module in self._modules:
-            self._show(module)
+            name = names.get(id(module), "")
+            if module in self._rules:
+                self._rules[module].clear()
+                self._rules[module].update(self._shown_rules(module, name))
+            self._show(module, name)
         return optimizer
 
     def remove(self) -> None:
@@ -215,6 +284,8 @@ class LowPrecision:
         for module in self._modules:
             if self._rounding_of(module):
                 del module.rounding
+        for module in self.model.modules():
+            ShownFunctions.show(module, [])
         for encoder in self._nested:
             encoder.use_nested_tensor = True
         for rounding in self._weights.optimizers:
@@ -227,22 +298,22 @@ class LowPrecision:
 
     def check(self) -> None:
         """RuntimeError where the model has got what should be rounded and is not."""
-        sites = {site for site, rule in self._rules.items() if is_there(site, rule)}
-        of_parameters, around = sites - set(AROUND_LAYERS), sites & set(AROUND_LAYERS)
         modules, names = self._missing()
-        new = [name for name, module in modules.items() if of_parameters or (around and type_of(module))]
-        if new:
-            raise RuntimeError(f"layer {new[0] or 'model'} {_NEW}")
-        if of_parameters and names:
-            hint = "; in torch.func.functional_call, give tensors, quantize(p, ...) or p.detach(), for parameters"
-            raise RuntimeError(f"parameter {next(iter(names.values()))} {_NEW}{hint}")
+        for name, module in modules.items():
+            sites = _there(self._whole.of(name))
+            if sites - set(FLOWING) or (sites and type_of(module)):
+                raise RuntimeError(f"layer {name or 'model'} {_NEW}")
+        for name in names.values():
+            if _there(self._whole.of_parameter(name)) - set(FLOWING):
+                hint = "; in torch.func.functional_call, give tensors, quantize(p, ...) or p.detach(), for parameters"
+                raise RuntimeError(f"parameter {name} {_NEW}{hint}")
 
     def _missing(self) -> tuple[dict[str, nn.Module], dict[Tensor, str]]:
         """What of the model should be rounded and is not: modules by name, parameters with their names."""
         known = set(map(id, self._modules))
         modules: dict[str, nn.Module] = {}
         names: dict[Tensor, str] = {}
-        for name, module in _select(self.model, self.layers).items():
+        for name, module in self._selected().items():
             prefix = f"{name}." if name else ""
             named = [(p, f"{prefix}{key}") for key, p in parameters_of(module).items() if p is not None]
             if id(module) not in known and (named or type_of(module)):
@@ -257,20 +328,33 @@ class LowPrecision:
                     self._check_computed(name, module)  # the older spectral_norm renames the parameter, pruning too
         return modules, names
 
-    def _show(self, module: nn.Module, name: str = "") -> LayerRounding | None:
+    def _show(self, module: nn.Module, name: str = "", frames: ModuleHooks | None = None) -> LayerRounding | None:
         """The rounding of this module, made where it has none yet and rules reach it; None where there is none."""
         if rounding := self._rounding_of(module):
             return rounding
-        made = LayerRounding(self.scheme, self._rules, name, module, self.clock)
+        rules = self._rules.setdefault(module, self._shown_rules(module, name))
+        made = LayerRounding(self.scheme.of(name), rules, name, module, self.clock, frames)
         leaf = type_of(module) or next(module.children(), None) is None
         if not (leaf and made.shown()):
             return None
         module.add_module("rounding", made)
         return made
 
+    def _shown_rules(self, module: nn.Module, name: str) -> dict[str, Rule]:
+        """Those of this module, and of its parameters, which another module may share."""
+        rules = dict(self._whole.of(name).rules)
+        parameter = next((key for key, p in parameters_of(module).items() if p is not None), None)
+        if self._whole.lines and parameter is not None:
+            theirs = self._whole.of_parameter(f"{name}.{parameter}" if name else parameter).rules
+            rules = {site: rule for site, rule in rules.items() if site in FLOWING}
+            rules |= {site: rule for site, rule in theirs.items() if site not in FLOWING}
+        if not self._weights.optimizers:  # nothing rounds yet what lines ask for at the optimizer
+            rules = {s: r for s, r in rules.items() if s in self.scheme.rules or not is_of_optimizer(s)}
+        return rules
+
     def _before_model(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         """The model's forward pre-hook. torch.compile traces it, and so knows that nothing can listen there."""
-        self._begin(model, model.training in self._listen, torch.compiler.is_compiling())
+        self._begin(model, model.training in self.listening.modes, torch.compiler.is_compiling())
 
     @untraced
     def _begin(self, model: nn.Module, listen: bool, compiled: bool) -> None:
@@ -280,34 +364,47 @@ class LowPrecision:
         if is_replica(model):  # it has the parameters that the model had when it was replicated
             return
         # All of them: a parent may use the parameters of a layer that it never calls.
-        self._weights.settle(training=model.training and torch.is_grad_enabled())
+        with hidden():
+            self._weights.settle(training=model.training and torch.is_grad_enabled())
         if listen and not compiled:
-            self._listen_to(model)
+            self.listening.first_pass(model, self._flowing_sites(), self.scheme.lines, self._show_calls)
         elif listen:
-            self._listen.clear()
-            reach.warn_compiled(self._sites_around_layers())
+            self.listening.give_up()
 
-    def _listen_to(self, model: nn.Module) -> None:
-        """Has a warning given at the end of this forward pass of products that it computes outside rounded layers."""
-        listener = reach.Listener(_select(self.model, self.layers))
-        training, first = model.training, len(self._listen) == 2
+    def _show_calls(self, notes: Notes, is_first: bool) -> None:
+        """Has print(model) show what the first forward pass called, and the layers that it did not."""
+        for module in self._modules if is_first else ():
+            if rounding := self._rounding_of(module):
+                rounding.not_called = rounding.name not in notes.modules
+        for name, module in self._selected().items():
+            ShownFunctions.show(module, self.listening.shown(name))
 
-        def end(model: nn.Module, arguments: Any, output: Any) -> None:
-            listener.end()
-            hook.remove()
-            places = [place for key, place in listener.places.items() if key not in self._heard]
-            self._heard.update(listener.places)
-            if places:
-                reach.warn(self._sites_around_layers(), places, has_layers=True)
-            if output is None:  # an error: what comes behind it was not heard
-                return
-            self._listen.discard(training)
-            called = {name for name, _, _ in self.clock.calls}
-            for module in self._modules if first else ():
-                if rounding := self._rounding_of(module):
-                    rounding.not_called = rounding.name not in called
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """The notes of the forward pass that is made inside; it does not count as the model's first one."""
+        known, hooks = list(self._framed), list(self._hooks)
+        self._frame_modules(always=True)
+        try:
+            with self.listening.aside() as notes:
+                yield notes
+        finally:
+            self._framed = known
+            for hook in self._hooks[len(hooks) :]:
+                hook.remove()
+            self._hooks = hooks
 
-        hook = model.register_forward_hook(end, always_call=True)
+    @staticmethod
+    def of(model: nn.Module) -> LowPrecision | None:
+        """The rounding of a model, which may be compiled or wrapped for several devices; None where there is none."""
+        low = getattr(unwrapped(model), "low_precision", None)
+        return low if isinstance(low, LowPrecision) else None
+
+    def check_step(self) -> None:
+        """Before a step of an optimizer: RuntimeError as `check` has it; SettingError for a site of the backward pass
+        that there was nothing for in the first training pass.
+        """
+        self.check()
+        self.listening.check_backward(self._flowing_sites, self.scheme.lines)
 
     @untraced
     def _settle(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -315,7 +412,8 @@ class LowPrecision:
         if self.clock.now().paused:
             return
         training = module.training and torch.is_grad_enabled()
-        self._weights.settle(parameters_of(module).values(), training=training)
+        with hidden():
+            self._weights.settle(parameters_of(module).values(), training=training)
 
     def _before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if not self.clock.paused:
@@ -330,17 +428,6 @@ class LowPrecision:
             self._weights.settle(parameters.values())
 
 
-def _select(model: nn.Module, patterns: list[str] | None) -> dict[str, nn.Module]:
-    """The modules that are to be rounded, by name: those that match, and all that is in them."""
-    modules = dict(model.named_modules())
-    if patterns is None:
-        return modules
-    everywhere = dict(model.named_modules(remove_duplicate=False))  # a shared module has several names
-    matching = {name for name in everywhere if any(fnmatch.fnmatch(name, p) for p in patterns)}
-    chosen = {id(module) for name, module in everywhere.items() if matching & {name, *_containers(name)}}
-    return {name: module for name, module in modules.items() if id(module) in chosen}
-
-
 def _has_optimizer(value: object) -> bool:
     """Whether an attribute is an optimizer, or a list, tuple or dict with one in it."""
     if isinstance(value, dict):
@@ -350,30 +437,6 @@ def _has_optimizer(value: object) -> bool:
     )
 
 
-def _containers(name: str) -> Iterator[str]:
-    """The names of the modules in which the module of that name lies, but for the model itself."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _patterns(layers: Iterable[str] | None) -> list[str] | None:
-    """TypeError for what is neither a text nor several."""
-    if layers is None:
-        return None
-    patterns = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise wrong_type("layers", pattern, "name patterns")
-    return patterns
-
-
-def _check_patterns(model: nn.Module, patterns: list[str] | None) -> None:
-    """SettingError for a pattern that matches no module, or none with a parameter in it."""
-    modules = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if next(module.parameters(), None) is not None]
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            raise SettingError(
-                "layers", repr(pattern), f"a pattern that matches one of: {', '.join(filter(None, names))}"
-            )
+def _there(scheme: Scheme) -> set[str]:
+    """The sites at which a scheme does anything."""
+    return {site for site, rule in scheme.rules.items() if is_there(site, rule)}

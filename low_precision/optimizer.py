@@ -18,7 +18,7 @@ from torch import Tensor
 from low_precision import loss_scale, torch_private
 from low_precision.errors import SettingError, nearest
 from low_precision.loss_scale import LossScale
-from low_precision.rules import COUNTS, Rule, momentum_rule, state_of
+from low_precision.rules import COUNTS, Rule, covers, momentum_rule, overridden, state_of
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.torch_private import untraced, version_of
 from low_precision.weights import Weights
@@ -155,7 +155,8 @@ class OptimizerRounding:
             return None
         name = f"{site}:{rule}" if rule else site
         if (name, p) not in self._quantizers:
-            self._quantizers[name, p] = self.scheme.quantizer(site, self.names[p], self.clock, rule)
+            scheme = self.scheme.of_parameter(self.names[p])
+            self._quantizers[name, p] = scheme.quantizer(site, self.names[p], self.clock, rule)
         return self._quantizers[name, p]
 
     @untraced
@@ -267,12 +268,13 @@ class OptimizerRounding:
 
         saved_rules: those by which it is rounded already, where it comes from a state that we saved.
         """
-        saved = saved_rules or {}
         for p, state in optimizer.state.items():
             if p not in self.names:
                 continue
+            rules = self.scheme.of_parameter(self.names[p]).rules
+            saved = self._saved_rules_of(self.names[p], saved_rules) if saved_rules else {}
             for call, (name, value) in enumerate(state.items()):
-                rule = momentum_rule(self.scheme.rules, name)
+                rule = momentum_rule(rules, name)
                 quantizer = self._quantizer("momentum", p, rule) if rule else None
                 if quantizer is None or name in COUNTS or _saved_rule(saved, name) == str(rule):
                     continue
@@ -281,11 +283,20 @@ class OptimizerRounding:
                 elif value.is_floating_point():
                     quantizer(value, call, out=value)
 
+    def _saved_rules_of(self, name: str, saved_rules: dict[str, str]) -> dict[str, str]:
+        """The rules, as texts, by which a saved state of the parameter of that name was rounded."""
+        rules = {site: rule for site, rule in saved_rules.items() if "/" not in site}
+        owners = self.scheme.owners_of(name)
+        lines = [(*left.rpartition("/")[::2], rule) for left, rule in saved_rules.items() if "/" in left]
+        here = [(site, rule) for pattern, site, rule in lines if any(covers(pattern, owner) for owner in owners)]
+        return overridden(rules, here)
+
     def _check_states(self, optimizer: torch.optim.Optimizer) -> None:
         """SettingError for a rule of a state that the optimizer does not have, once its first step has made them."""
         if not any(p in self.names for p in self.moving):
             return
-        wanted = {state for site in self.scheme.rules if (state := state_of(site)) is not None}
+        schemes = [self.scheme, *(self.scheme.of_parameter(self.names[p]) for p in self.moving if p in self.names)]
+        wanted = {state for scheme in schemes for site in scheme.rules if (state := state_of(site)) is not None}
         states = {name for p in self.moving if p in self.names for name in optimizer.state.get(p, {})} - set(COUNTS)
         if self.wants_states and not states:
             text = f"momentum: {type(optimizer).__name__} as it is set keeps no state, so nothing is rounded there"
@@ -317,9 +328,18 @@ class OptimizerRounding:
             "rounded_at": {self.names[p]: when for p, when in self.weights.rounded_at.items()},
             "loss_scale": self.scale.state_dict(),
             "seed": self.clock.seed,
-            "rules": {site: str(rule) for site, rule in self.scheme.rules.items()},
+            "rules": self._rules_as_texts(),
         }
         return state | {EXTRA_STATE: extra}
+
+    def _rules_as_texts(self) -> dict[str, str]:
+        """By site, and after them the lines, by PATTERN/SITE, in their order."""
+        texts = {site: str(rule) for site, rule in self.scheme.rules.items()}
+        for line in self.scheme.lines:
+            left = line.left_side if line.pattern is not None else f"*/{line.site}"
+            texts.pop(left, None)  # the later one of two wins, and so stands where it does
+            texts[left] = str(line.rule)
+        return texts
 
     @torch.no_grad()
     def _load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

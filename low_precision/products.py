@@ -118,7 +118,11 @@ class Convolution:
     groups: int
 
     def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, w, bias, *self._settings())
+        name = f"conv_transpose{x.ndim - 2}d" if self.transposed else f"conv{x.ndim - 2}d"
+        convolve: Callable[..., Tensor] = getattr(F, name)
+        if self.transposed:
+            return convolve(x, w, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return convolve(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def gradient_a(self, error: Tensor, w: Tensor, x: Tensor) -> Tensor:
         return self._backward(error, x, w, [True, False, False])[0]
@@ -152,7 +156,13 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Matmul:
-    """y = a b: a (..., M, K), b (..., K, N), y (..., M, N), with equal leading dimensions: matrices of their own."""
+    """y = a b: a (..., M, K), b (..., K, N), y (..., M, N).
+
+    matrices: how many leading dimensions all three have, equal ones, which count matrices of their own; with 0, b is
+    one matrix, and all leading dimensions of a are rows.
+    """
+
+    matrices: int
 
     def forward(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         y = a @ b
@@ -162,23 +172,25 @@ class Matmul:
         return error @ b.mT
 
     def gradient_b(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return a.mT @ error
+        return a.mT @ error if self.matrices else _as_rows(a).t() @ _as_rows(error)
 
     def gradient_bias(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return error
 
     def readings_forward(self, a: Tensor, b: Tensor) -> tuple[Reading, Reading]:
-        return self._reading(a, -1), self._reading(b, -2)
+        return self._along(a, -1), self._along(b, -2)
 
     def readings_a(self, error: Tensor, b: Tensor) -> tuple[Reading, Reading]:
-        return self._reading(error, -1), self._reading(b, -1)
+        return self._along(error, -1), self._along(b, -1)
 
     def readings_b(self, error: Tensor, a: Tensor) -> tuple[Reading, Reading]:
-        return self._reading(error, -2), self._reading(a, -2)
+        return self._along_rows(error), self._along_rows(a)
 
-    @staticmethod
-    def _reading(x: Tensor, over: int) -> Reading:
-        return Reading((x.ndim + over,), tuple(range(x.ndim - 2)))
+    def _along(self, x: Tensor, over: int) -> Reading:
+        return Reading((x.ndim + over,), tuple(range(self.matrices)))
+
+    def _along_rows(self, x: Tensor) -> Reading:
+        return Reading(tuple(range(self.matrices, x.ndim - 1)), tuple(range(self.matrices)))
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -280,8 +292,12 @@ def round_operand(
     format = quantizer.rule.format
     if operand.numel() == 0:
         return operand
+    if operand.ndim == 0:
+        return round_operand(quantizer, operand.reshape(1), Reading(()), call, step, first_row, turn).reshape(())
     if not isinstance(format, BlockFormat) or format.block == "tensor":
         return quantizer(operand, call, step, first_row=first_row, backward_pass=turn)
+    if not isinstance(format.block, str):
+        return _in_groups(quantizer, operand, reading, call, step, first_row, turn)
     lines = [d for d in range(operand.ndim) if d not in reading.over and d not in reading.batch]
     order = [*reading.batch, *lines, *reading.over]
     moved = operand.permute(order)
@@ -300,5 +316,23 @@ def round_operand(
         rows = moved.reshape(-1, summed)
         rounded = quantizer(rows, call, step, dim=1, first_row=rows_before, backward_pass=turn)
     result = rounded.reshape(moved.shape).permute([order.index(d) for d in range(operand.ndim)])
-    # In the layout of the operand, which decides that of the product's result, and which kernel of torch computes it.
-    return result if result.stride() == operand.stride() else torch.empty_like(operand).copy_(result)
+    return _in_layout_of(operand, result)
+
+
+def _in_groups(
+    quantizer: Quantizer, operand: Tensor, reading: Reading, call: int, step: int, first_row: int, turn: int
+) -> Tensor:
+    """round_operand for groups of so many numbers along the sum."""
+    over = reading.over or (operand.ndim,)  # of a sum of one number, a dimension of its own
+    if over[0] == 0:  # groups span the rows: they are each process's own, and so is their noise
+        first_row, turn = 0, turn + (first_row << 16)
+    # The dimensions of a sum are neighbours, and become one: without a copy where they are one in memory.
+    summed = operand.unsqueeze(-1) if not reading.over else operand
+    summed = summed.flatten(over[0], over[-1]) if len(over) > 1 else summed
+    rounded = quantizer(summed, call, step, dim=over[0], first_row=first_row, backward_pass=turn).view(operand.shape)
+    return _in_layout_of(operand, rounded)
+
+
+def _in_layout_of(operand: Tensor, rounded: Tensor) -> Tensor:
+    """That layout decides that of the product's result, and which kernel of torch computes it."""
+    return rounded if rounded.stride() == operand.stride() else torch.empty_like(operand).copy_(rounded)

@@ -1,9 +1,13 @@
-"""Sites, where a training step rounds, and rules, how one is rounded: FORMAT[:ROUNDING]. No torch here."""
+"""Sites, where a training step rounds; rules, how one is rounded: FORMAT[:ROUNDING]; and lines, which give some modules
+of a model a rule of their own: PATTERN/SITE=FORMAT[:ROUNDING]. No torch here.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from low_precision.errors import SettingError, nearest, shown, wrong_type
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat, Format, format_named
@@ -15,9 +19,12 @@ ADDED_SITES = ("accumulator", "compensation")  # these exist only when they are 
 # What a product reads, PRODUCT.OPERAND: a layer y = x W^T has three products with two operands each (products.py).
 OPERANDS = ("forward.inputs", "forward.weights", "dgrad.errors", "dgrad.weights", "wgrad.errors", "wgrad.inputs")
 PRODUCTS = "products"  # stands for all of them
-SITES = ALL_SITES + ADDED_SITES  # the stored ones
+EVERY = "*"  # in a line: stands for every site that has a rule so far
+ELEMENTWISE = "elementwise"  # the results of functions without products; only when it is asked for
+SITES = (*ALL_SITES, *ADDED_SITES, ELEMENTWISE)  # the stored ones
 _NAMES = (*SITES, *OPERANDS, PRODUCTS)
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at layers; the others are at parameters
+FLOWING = (*AROUND_LAYERS, ELEMENTWISE, *OPERANDS)  # the sites of what flows through a model
 
 # momentum.NAME is a site too: one state of the optimizer, by torch's name for it. It goes before momentum.
 _STATE = "momentum."
@@ -27,8 +34,17 @@ STATES = (  # those of torch's optimizers; others may have others
     *("sum", "prev", "step_size", "ax", "row_var", "col_var", "variance"),
 )
 SITE_NAMES = ", ".join(
-    (*ALL_SITES, "momentum.NAME (one state of the optimizer, as exp_avg_sq)", *ADDED_SITES, *OPERANDS, PRODUCTS)
+    (
+        *ALL_SITES,
+        "momentum.NAME (one state of the optimizer, as exp_avg_sq)",
+        *ADDED_SITES,
+        ELEMENTWISE,
+        *OPERANDS,
+        PRODUCTS,
+    )
 )
+LINE_FORM = "[PATTERN/]SITE=FORMAT[:ROUNDING]"
+_AnyRule = TypeVar("_AnyRule")  # a Rule, or its text
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,74 @@ def site_rule(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> tupl
     return site, rule_of(spec, rounding)
 
 
+@dataclass(frozen=True)
+class Line:
+    """A rule for one site in some of a model's modules: those whose full name `pattern` matches (fnmatch), and all that
+    is in them.
+
+    pattern: None for the whole model. site: one of the names of sites, "products", or "*": every site that has a rule
+    there so far. rule: float32 leaves the site as it is; at the site "*" it leaves those modules alone, and takes
+    accumulator and compensation away too.
+    """
+
+    pattern: str | None
+    site: str
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        """SettingError for what is no site, TypeError for another type."""
+        if self.pattern is not None and not isinstance(self.pattern, str):
+            raise wrong_type("layers", self.pattern, "name patterns")
+        if self.site != EVERY and not is_site(self.site):
+            raise _unknown_site(self.site, self.site, f"{EVERY}, ")
+        if not isinstance(self.rule, Rule):
+            raise wrong_type(self.site, self.rule, "a Rule; rule_of makes one of FORMAT[:ROUNDING]")
+
+    def __str__(self) -> str:
+        return f"{self.left_side}={self.rule}"
+
+    @property
+    def left_side(self) -> str:
+        """What stands before the equals sign: [PATTERN/]SITE."""
+        return self.site if self.pattern is None else f"{self.pattern}/{self.site}"
+
+    def reaches(self, names: Iterable[str]) -> bool:
+        """Whether it is for a module that has these full names."""
+        return self.pattern is None or any(covers(self.pattern, name) for name in names)
+
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether nothing is rounded any more in the modules that it is for."""
+        return self.site == EVERY and self.rule.format == FLOAT32
+
+
+def site_line(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> Line:
+    """The line of a text "[PATTERN/]SITE=FORMAT[:ROUNDING]"; `rounding` where it names none. SettingError.
+
+    It is cut at the first equals sign, and PATTERN ends at the last slash before it.
+    """
+    if not isinstance(text, str):
+        raise wrong_type("site", text, LINE_FORM)
+    left, equals, spec = text.partition("=")
+    pattern, slash, site = left.rpartition("/")
+    if not slash and site != EVERY:
+        return Line(None, *site_rule(text, rounding))
+    if not equals or (slash and not pattern):
+        raise SettingError("site", shown(text), LINE_FORM)
+    if site != EVERY and not is_site(site):
+        raise _unknown_site(site, text, f"{LINE_FORM}, SITE {EVERY} or one of ")
+    return Line(pattern if slash else None, site, rule_of(spec, rounding))
+
+
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern (fnmatch) matches the full name of a module, or that of a module in which it lies."""
+    while not fnmatch.fnmatchcase(name, pattern):
+        if not name:
+            return False
+        name = name.rpartition(".")[0]  # at last the empty name, the whole model's
+    return True
+
+
 def is_site(name: object) -> bool:
     """Whether it names a site: one of SITES, or momentum.NAME, NAME an identifier and no count."""
     if not isinstance(name, str):
@@ -121,14 +205,19 @@ def in_order(sites: Iterable[str]) -> list[str]:
     return sorted(sites, key=lambda site: (_NAMES.index("momentum" if state_of(site) else site), site))
 
 
-def overridden(rules: Mapping[str, Rule], others: Iterable[tuple[str, Rule]]) -> dict[str, Rule]:
+def overridden(rules: Mapping[str, _AnyRule], others: Iterable[tuple[str, _AnyRule]]) -> dict[str, _AnyRule]:
     """The rules by site, and over them others in their order, the later ones over the earlier ones.
 
-    `products` stands for its six operands.
+    `products` stands for its six operands, `*` for every site that has a rule before it; in float32 it takes those of
+    ADDED_SITES away, as they exist in float32 too.
     """
-    by_site: dict[str, Rule] = {}
+    by_site: dict[str, _AnyRule] = {}
     for site, rule in (*rules.items(), *others):
-        by_site |= dict.fromkeys(OPERANDS if site == PRODUCTS else [site], rule)
+        if site == EVERY:
+            without = ADDED_SITES if str(rule) == FLOAT32.name else ()
+            by_site = {known: rule for known in by_site if known not in without}
+        else:
+            by_site |= dict.fromkeys(OPERANDS if site == PRODUCTS else [site], rule)
     return by_site
 
 
@@ -154,17 +243,33 @@ def is_there(site: str, rule: Rule) -> bool:
     return rule.format != FLOAT32 or site in ADDED_SITES or state_of(site) is not None
 
 
-def check_rules(rules: dict[str, Rule], overflow: Overflow) -> None:
-    """SettingError for rules that do not go together, or not with this overflow; TypeError for what is no Rule."""
+def check_rules(rules: dict[str, Rule], overflow: Overflow, lines: Iterable[Line] = ()) -> None:
+    """SettingError for rules that do not go together, or not with this overflow; TypeError for what is no Rule.
+
+    lines: where there are any, each module has rules of its own: which go together is another question, for each.
+    """
+    lines = tuple(lines)
     for site, rule in rules.items():
         check_site(site)
         if not isinstance(rule, Rule):
             raise wrong_type(site, rule, "a Rule; rule_of makes one of FORMAT[:ROUNDING]")
-    if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
-        raise SettingError("site", "compensation", "one beside rounded weights, without an accumulator")
-    for site, rule in rules.items():
+    if not lines:
+        check_together(rules)
+    for site, rule in (*rules.items(), *((line.left_side, line.rule) for line in lines)):
         if overflow is Overflow.INFINITY and not rule.format.has_infinity:
             raise SettingError("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+
+
+def check_together(rules: Mapping[str, Rule], module: str | None = None) -> None:
+    """SettingError for rules that do not go together. module: whose they are, for the error; None for all modules'."""
+    if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
+        note = "" if module is None else f" (in module {module or 'model'})"
+        raise SettingError("site", "compensation", "one beside rounded weights, without an accumulator", note=note)
+
+
+def is_of_optimizer(site: str) -> bool:
+    """Whether the optimizer's hooks round there, and not the model's."""
+    return site in ("gradients", "momentum") or state_of(site) is not None
 
 
 def momentum_rule(rules: Mapping[str, Rule], name: str) -> Rule | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -11,23 +11,71 @@ from low_precision.clock import Clock
 from low_precision.formats import FLOAT32, BlockFormat
 from low_precision.noise import Key
 from low_precision.rounding import AnyRounding, Overflow, Rounding, is_random, overflow_named, rounding_named
-from low_precision.rules import Rule, check_rules
+from low_precision.rules import Line, Rule, check_rules, check_together, effective, is_there, overridden
 from low_precision.tensor import quantize
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a training run rounds: a rule for each site that is rounded, and what all sites share."""
+    """How a training run rounds: a rule for each site that is rounded, and what all sites share.
+
+    Where there are lines, some modules have rules of their own: `of` and `of_parameter` give the scheme of one.
+    """
 
     rules: dict[str, Rule]  # by the names of SITES; a site that is not there stays in float32
     seed: int | None = 0  # of the stochastic rounding's noise; None: another one for each model of this process
     overflow: Overflow = Overflow.SATURATE
     backend: str = "auto"
     rounding: AnyRounding = Rounding.NEAREST  # of the sites that quantize_optimizer adds, where they name none
+    lines: tuple[Line, ...] = ()  # over the rules, in this order, each in the modules that it is for
+    # Of modules with several names, all of them, by the first one; of parameters that several modules share, the names
+    # of these modules, by the parameter's. Lines are for a module or a parameter where they are for one of its names.
+    shared_names: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _is_part: bool = field(default=False, compare=False, repr=False)  # made by `of`: its rules were looked at before
+    _of: dict[tuple[str, ...], Scheme] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _alone: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         rounding_named(self.rounding)
-        check_rules(self.rules, overflow_named(self.overflow))
+        if not self._is_part:
+            check_rules(self.rules, overflow_named(self.overflow), self.lines)
+
+    def of(self, module: str) -> Scheme:
+        """The scheme whose `rules` are those of the module of that full name; this one where there are no lines."""
+        return self._with_lines(self.shared_names.get(module, (module,))) if self.lines else self
+
+    def of_parameter(self, name: str) -> Scheme:
+        """The same for a parameter, by its full name: that of the module that it is in.
+
+        SettingError for rules that do not go together there.
+        """
+        if not self.lines:
+            return self
+        owners = self.owners_of(name)
+        scheme = self._with_lines(owners)
+        check_together(scheme.rules, owners[0])
+        return scheme
+
+    def owners_of(self, parameter: str) -> tuple[str, ...]:
+        """The full names of the modules that a parameter is in, by its full name."""
+        return self.shared_names.get(parameter, (parameter.rpartition(".")[0],))
+
+    def leaves_alone(self, module: str) -> bool:
+        """Whether lines leave the module as if it had not been chosen at all."""
+        names = self.shared_names.get(module, (module,))
+        if names not in self._alone:  # asked for each module in each forward pass
+            lines = [line for line in self.lines if line.reaches(names)]
+            decisive = [line for line in lines if line.leaves_alone or is_there(line.site, line.rule)]
+            self._alone[names] = bool(decisive) and decisive[-1].leaves_alone
+        return self._alone[names]
+
+    def _with_lines(self, names: tuple[str, ...]) -> Scheme:
+        """The scheme of what has these names, made once for each."""
+        if names not in self._of:
+            lines = [(line.site, line.rule) for line in self.lines if line.reaches(names)]
+            rules = effective(overridden(self.rules, lines)) if lines else self.rules
+            self._of[names] = replace(self, rules=rules, lines=(), shared_names={}, _is_part=True)
+        return self._of[names]
 
     def quantizer(self, site: str, tensor: str, clock: Clock, rule: Rule | None = None) -> Quantizer | None:
         """What rounds that tensor at that site, or None where it stays in float32. rule: the site's unless given."""

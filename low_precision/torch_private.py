@@ -10,13 +10,16 @@ import contextlib
 import functools
 import itertools
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.nn.modules import module as _module
+from torch.overrides import TorchFunctionMode
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +27,12 @@ R = TypeVar("R")
 # torch's names for the backward passes of a linear or convolution layer's own operation. None of them reads the result
 # of that operation, so the result may be overwritten.
 _LAYER_BACKWARDS = ("ConvolutionBackward0", "AddmmBackward0", "MmBackward0")
+_FRAMES_TO_A_HOOK = 12  # of Python, at most, from a hook up to its module's call; torch.compile adds some
 _another = itertools.count(start=-1, step=-1)  # numbers that are no versions
+
+
+class _Compiler:
+    is_met = False  # torch.compile has come upon a function of ours
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
@@ -32,11 +40,23 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     disable = getattr(torch, "_disable_dynamo", None)
     if disable is None:
         return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
-    disabled = disable(function)  # imports the compiler at its first call
+
+    def compiled(*arguments: P.args, **named: P.kwargs) -> R:
+        _Compiler.is_met = True
+        # All hooks have the code of `call`: torch would compile that anew for each of them, up to its limit.
+        compiler = sys.modules.get("torch._dynamo.eval_frame")
+        skip = getattr(compiler, "skip_code", None)
+        code = getattr(call, "__code__", None)
+        if skip is not None and code is not None:
+            skip(code)
+        return function(*arguments, **named)
+
+    disabled = disable(compiled)  # imports the compiler at its first call
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
-        return (disabled if torch.compiler.is_compiling() else function)(*arguments, **named)
+        is_compiled = _Compiler.is_met or torch.compiler.is_compiling()
+        return (disabled if is_compiled else function)(*arguments, **named)
 
     return call
 
@@ -108,6 +128,14 @@ def inside_compiled(model: nn.Module) -> nn.Module | None:
     """The module that torch.compile has wrapped; None where `model` is not such a wrapper."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the parallel wrappers."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    inner = inside_compiled(model)
+    return model if inner is None else unwrapped(inner)
 
 
 # Asked at each call of a layer, so that what never changes in a process is asked once.
@@ -282,3 +310,72 @@ def is_fake(x: Tensor) -> bool:
     fakes = sys.modules.get("torch._subclasses.fake_tensor")
     fake = getattr(fakes, "FakeTensor", None)
     return x.is_meta or (fake is not None and isinstance(x, fake))
+
+
+def memory_of(x: Tensor) -> int | None:
+    """A number for the memory that a tensor and its views share; None where torch does not tell."""
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (AttributeError, NotImplementedError, RuntimeError):  # of a transform, sparse, nested
+        return None
+
+
+def without_mode_check(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function of torch.nn.functional, which no longer asks at its beginning whether a mode is active.
+
+    So a mode can have it run with the mode active, and sees what it calls, where it would be called again for ever.
+    """
+    code = getattr(function, "__code__", None)
+    surroundings = getattr(function, "__globals__", None)
+    if code is None or surroundings is None or "has_torch_function" not in surroundings:
+        raise RuntimeError(f"torch {torch.__version__} has no torch.nn.functional.{function.__name__} in Python")
+    same = types.FunctionType(code, surroundings | {"has_torch_function": lambda operands: False}, function.__name__)
+    same.__defaults__, same.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return same
+
+
+def grouped_products() -> list[Callable[..., Any]]:
+    """torch._grouped_mm, which torch.nn.functional.grouped_mm was called before it had a name."""
+    function = getattr(torch, "_grouped_mm", None)
+    return [] if function is None else [function]
+
+
+def hide_mode(mode: TorchFunctionMode) -> bool:
+    """Takes the mode off the top of this thread's stack; False where it does not lie there."""
+    if overrides._get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
+        return False
+    overrides._pop_mode()  # type: ignore[no-untyped-call]
+    return True
+
+
+def show_mode(mode: TorchFunctionMode) -> None:
+    """Takes hide_mode back."""
+    overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+def module_call() -> FrameType | None:
+    """Python's frame of the module's call whose hook calls this; None where it cannot be told, as in compiled code."""
+    call = getattr(nn.Module, "_call_impl", None)
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_FRAMES_TO_A_HOOK):
+        if frame is None or call is None:
+            return None
+        if frame.f_code is call.__code__:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """torch.broadcast_shapes, whose type torch does not declare."""
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_running(call: FrameType) -> bool:
+    """Whether this thread is inside that call."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame is call:
+            return True
+        frame = frame.f_back
+    return False

@@ -21,6 +21,10 @@ _FORGOTTEN = (
     "its optimizer moves the weights and not their {kept}, which would be lost: call quantize_optimizer(optimizer, "
     "model) before training"
 )
+_RESIZED = (
+    "a weight of shape {before} has the shape {now} since its model was quantized, and its accumulator or compensation "
+    "has not: resize the weight before quantize_model"
+)
 _COPY = (
     "the weights of a copied model were written, and are rounded again: for an average of weights, "
     "low_precision.plain_copy(model) gives a copy without rounding"
@@ -173,6 +177,8 @@ class Weights:
                 continue
             for kept in (self.masters, self.lost):
                 if p in kept:
+                    if kept[p].shape != p.shape:
+                        raise RuntimeError(_RESIZED.format(before=tuple(kept[p].shape), now=tuple(p.shape)))
                     kept[p] = kept[p].to(p.device)  # the model may have been moved
             if self._is_known(p):
                 self._versions[p] = version_of(p)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from low_precision.by_layer import ByLayer, lines_of
 from low_precision.clock import Clock, next_seed
 from low_precision.engines import choice
 from low_precision.errors import SettingError, nearest
+from low_precision.flow import place_of, replica_of, round_flowing
 from low_precision.formats import FLOAT32
-from low_precision.layers import LayerRounding, place_of, replica_of, round_flowing
+from low_precision.layers import LayerRounding
 from low_precision.model import LowPrecision
+from low_precision.noted import Coverage, Row
 from low_precision.optimizer import OptimizerRounding
 from low_precision.rounding import AnyRounding, Overflow, Rounding, overflow_named, rounding_named
-from low_precision.rules import OPERANDS, PRODUCTS, Rule, Spec, overridden, rule_of
+from low_precision.rules import ELEMENTWISE, OPERANDS, PRODUCTS, Rule, Spec, overridden, rule_of
+from low_precision.running import hidden
 from low_precision.scheme import Quantizer, Scheme
-from low_precision.torch_private import inside_compiled, untraced
+from low_precision.torch_private import untraced, unwrapped
 
 
 def quantize_model(
@@ -32,9 +38,10 @@ def quantize_model(
     errors: Spec | None = None,
     accumulator: Spec | None = None,
     compensation: Spec | None = None,
+    elementwise: Spec | None = None,
     rounding: AnyRounding | str = Rounding.NEAREST,
     seed: int | None = None,
-    layers: Iterable[str] | None = None,
+    layers: Iterable[str] | ByLayer | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
     **operands: Spec | None,
@@ -46,7 +53,9 @@ def quantize_model(
     before they are rounded; a compensation keeps what their rounding cuts off for the next update. rounding: where a
     site names none. seed: of all stochastic rounding, that of the optimizer too; None: a model takes 0, the next one of
     this process 1, and so on, and the optimizer's state_dict holds the number. layers: name patterns of the modules to
-    round, see LowPrecision.
+    round, see LowPrecision; or {pattern: None, or rules by site}, in order, later ones win, as layers={"head": None,
+    "blocks.11.*": {"weights": "bfloat16"}}: None leaves these modules alone, and what is not named follows the model. A
+    site there may be gradients, momentum or momentum.NAME too, "products", or "*": all that have a rule there so far.
     operands: what products read, by site, **{"forward.inputs": "mxfp8_e4m3"}; "products" stands for all six.
     A layer or parameter that is added or replaced later: RuntimeError at the next forward pass or step, until
     quantize_model(model), without a site, takes it in. What is compiled or parallel is wrapped after, or before: both
@@ -59,17 +68,18 @@ def quantize_model(
             near = nearest(name, (*OPERANDS, PRODUCTS))
             hint = f" (did you mean {near}?)" if near else ""
             raise TypeError(f"quantize_model() got an unexpected keyword argument {name!r}{hint}")
-    kept = {"accumulator": accumulator, "compensation": compensation}
+    kept = {"accumulator": accumulator, "compensation": compensation, ELEMENTWISE: elementwise}
     of_operands = _rules(operands, rounding)
     of_all = {PRODUCTS: of_operands.pop(PRODUCTS)} if PRODUCTS in of_operands else {}
     rules = overridden(_rules(sites | kept, rounding) | of_all, of_operands.items())
     _check_seed(seed)
     choice.check(backend)
-    plain = _unwrapped(model)
-    low = _rounding_of(plain)
+    plain = unwrapped(model)
+    low = LowPrecision.of(plain)
+    lines = lines_of(layers, rounding) if isinstance(layers, Mapping) else ()
     if low is None:
-        scheme = Scheme(rules, seed, overflow_named(overflow), backend, rounding_named(rounding))
-        LowPrecision(plain, scheme, layers)
+        scheme = Scheme(rules, seed, overflow_named(overflow), backend, rounding_named(rounding), lines)
+        LowPrecision(plain, scheme, None if isinstance(layers, Mapping) else layers)
     elif rules or layers is not None:
         raise ValueError("this model is rounded already: start from a new one, or give no site to take in new layers")
     else:
@@ -92,8 +102,8 @@ def quantize_optimizer(
     Each step rounds the gradients, then the optimizer's state (momentum, moments), accumulator and weights; its
     state_dict holds accumulator, compensation and the count of steps, from which all noise follows. gradients,
     momentum: as the sites of quantize_model. states: one of the optimizer's states by torch's name for it, over
-    momentum: **{"momentum.exp_avg_sq": "bfloat16"}. rounding: the model's unless given. Parameters that are not the
-    model's stay in float32.
+    momentum: **{"momentum.exp_avg_sq": "bfloat16"}. Rules that the model's layers= has for single modules win over all
+    of these. rounding: the model's unless given. Parameters that are not the model's stay in float32.
     loss_scale: a number, or "dynamic" (LossScale): optimizer.loss_scale.scale(loss).backward(), and before what reads
     gradients, as clipping does, optimizer.loss_scale.unscale(optimizer). A step on gradients of a loss that was not
     scaled is a RuntimeError, and so is one by torch.amp.GradScaler.
@@ -103,8 +113,8 @@ def quantize_optimizer(
     for name in states:
         if not name.startswith("momentum."):
             raise TypeError(f"quantize_optimizer() got an unexpected keyword argument {name!r}")
-    plain = _unwrapped(model)
-    low = _rounding_of(plain)
+    plain = unwrapped(model)
+    low = LowPrecision.of(plain)
     if low is None:
         raise ValueError("quantize_optimizer: this model is not rounded: call quantize_model(model, ...) first")
     of_model = {id(p) for p in plain.parameters()}
@@ -114,7 +124,8 @@ def quantize_optimizer(
     rules = _rules({"gradients": gradients, "momentum": momentum, **states}, default)
     attached = low.attach(optimizer, loss_scale, replace(low.scheme, rules=low.scheme.rules | rules))
     if isinstance(hooks := getattr(attached, "low_precision", None), OptimizerRounding):
-        hooks.wants_states = "momentum" in rules and rules["momentum"].format != FLOAT32
+        wanted = [(line.site, line.rule) for line in low.scheme.lines] + list(rules.items())
+        hooks.wants_states = any(site == "momentum" and rule.format != FLOAT32 for site, rule in wanted)
     return attached
 
 
@@ -170,7 +181,8 @@ class Quantize(nn.Module):
         time.calls["", self.training, replica] += 1
         passes = self._calls_before[self.training] + time.calls["", self.training, replica]
         place = place_of(x, time, passes, self.training, replica, self.dim)
-        return round_flowing(x, self._value, self._error, time, place)
+        with hidden():
+            return round_flowing(x, self._value, self._error, time, place)
 
     def get_extra_state(self) -> Tensor:
         """int64 (3,): the seed, and the calls in training and in evaluation."""
@@ -238,6 +250,44 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return duplicate
 
 
+def coverage(model: nn.Module, *inputs: Any, **named: Any) -> Coverage:
+    """What the first forward pass of a model of quantize_model rounded, of training if there was one, and what not.
+
+    inputs, named: what the model is called with, for a forward pass that is made to look: then random states, buffers
+    and the count of passes are as before. Without them the model must have been called. A module or function for each
+    row: the operands of its products, its results. dgrad and wgrad are there where a gradient is needed.
+    ValueError for a model that is not rounded, or was not called; of a compiled one, call the plain model first.
+
+        print(lp.coverage(model, torch.zeros(1, 3, 32, 32)))
+    """
+    low = LowPrecision.of(model)
+    if low is None:
+        raise ValueError("coverage: this model is not rounded: quantize_model(model, ...) rounds one")
+    if inputs or named:
+        return Coverage(tuple(_looked(low, inputs, named)))
+    notes = low.listening.notes.get(True) or low.listening.notes.get(False)
+    if notes is None:
+        raise ValueError("coverage: this model was not called yet: coverage(model, *inputs) calls it")
+    return Coverage(tuple(notes.rows()))
+
+
+def _looked(low: LowPrecision, inputs: tuple[Any, ...], named: dict[str, Any]) -> Iterable[Row]:
+    """The notes of a forward pass that leaves nothing behind."""
+    model, calls = low.model, Counter(low.clock.calls)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(d for d in devices if d is not None)), low.noting() as notes:
+            model(*inputs, **named)
+    finally:
+        low.clock.calls.clear()
+        low.clock.calls.update(calls)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return notes.rows()
+
+
 def _check_seed(seed: int | None, below: int | None = None) -> None:
     if seed is None:
         return
@@ -245,18 +295,13 @@ def _check_seed(seed: int | None, below: int | None = None) -> None:
         raise SettingError("seed", repr(seed), f"a whole number >= 0{f' and < {below}' if below else ''}, or None")
 
 
-def _rounding_of(plain: nn.Module) -> LowPrecision | None:
-    low = getattr(plain, "low_precision", None)
-    return low if isinstance(low, LowPrecision) else None
-
-
 def _roundings_in(model: nn.Module) -> list[LowPrecision]:
     """Of the model, and of models inside it."""
-    return [low for module in model.modules() if (low := _rounding_of(module)) and low.model is module]
+    return [low for module in model.modules() if (low := LowPrecision.of(module)) and low.model is module]
 
 
 def _rounded(model: nn.Module, call: str) -> LowPrecision:
-    low = _rounding_of(_unwrapped(model))
+    low = LowPrecision.of(model)
     if low is None:
         raise ValueError(f"{call}: this model is not rounded: quantize_model(model, ...) rounds one")
     return low
@@ -275,11 +320,3 @@ def _rules(specs: Mapping[str, Spec | None], rounding: AnyRounding | str) -> dic
         except TypeError as error:
             raise TypeError(f"{site}: {error}") from None
     return rules
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and the parallel wrappers."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _unwrapped(model.module)
-    inner = inside_compiled(model)
-    return model if inner is None else _unwrapped(inner)

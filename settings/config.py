@@ -18,14 +18,19 @@ from low_precision.rounding import Overflow, Rounding, is_random, overflow_named
 from low_precision.rules import (
     ADDED_SITES,
     ALL_SITES,
+    ELEMENTWISE,
+    EVERY,
+    LINE_FORM,
     OPERANDS,
     PRODUCTS,
     SITE_NAMES,
+    Line,
     Rule,
     check_rules,
     effective,
+    is_there,
     overridden,
-    site_rule,
+    site_line,
     state_of,
 )
 from settings import kinds
@@ -115,15 +120,20 @@ class Config:
         ALL_SITES,
         "rounding",
         Kind(f"all, none, or a comma-separated choice of {SITE_NAMES}", kinds.sites),
-        f"the sites that are rounded; all is every one but {', '.join(ADDED_SITES)} and {PRODUCTS}",
+        f"the sites that are rounded; all is every one but {', '.join(ADDED_SITES)}, {ELEMENTWISE} and {PRODUCTS}",
         default_text="all",
     )
     site: tuple[str, ...] = _setting(
         (),
         "rounding",
-        Kind(f"SITE=FORMAT[:ROUNDING], each site once, SITE one of {SITE_NAMES}", kinds.overrides),
-        "a site in a format of its own, e.g. accumulator=float16:stochastic or momentum.exp_avg_sq=bfloat16;"
-        " repeatable",
+        Kind(
+            f"{LINE_FORM}, each site once for each pattern, SITE one of {SITE_NAMES}, or {EVERY} for all that have a"
+            " rule there so far",
+            kinds.overrides,
+        ),
+        "a site in a format of its own, e.g. accumulator=float16:stochastic or momentum.exp_avg_sq=bfloat16; with a"
+        " PATTERN, in the modules whose names it matches alone, e.g. 'stage3.*/weights=bfloat16' or 'fc/*=float32';"
+        " repeatable, later ones win",
         default_text="none",
     )
     layers: tuple[str, ...] | None = _setting(
@@ -197,7 +207,7 @@ class Config:
         self._check_states()
         rules = self.rules()
         try:
-            check_rules(rules, overflow_named(self.overflow))
+            check_rules(rules, overflow_named(self.overflow), self.lines())
         except SettingError as error:
             raise ConfigError.of(error) from None
         if self.backend == "qtorch":
@@ -212,12 +222,14 @@ class Config:
             allowed = f"no momentum.NAME ({self.optimizer} keeps no state without --momentum)"
         for name, texts in (("quantize", self.quantize), ("site", self.site)):
             for text in texts:
-                site = text.partition("=")[0]
+                site = text.partition("=")[0].rpartition("/")[2]
                 if state_of(site) is not None and site not in known:
                     raise refused(name, text, allowed, nearest(site, known))
 
     def _check_qtorch(self, rules: dict[str, Rule]) -> None:
         others = "auto, eager, fused"
+        if by_layer := [line for line in self.lines() if line.pattern is not None]:
+            raise refused("backend", "qtorch", f"{others} (--site {by_layer[0]}: qtorch rounds all modules alike)")
         for site, rule in rules.items():
             shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
             fixed = not isinstance(rule.format, BlockFormat) and not rule.format.exponent_bits
@@ -226,9 +238,10 @@ class Config:
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
                 raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
         unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
-        if unknown or any(state_of(site) is not None or site in OPERANDS for site in rules):
+        if unknown or any(state_of(site) is not None or site in (ELEMENTWISE, *OPERANDS) for site in rules):
             lacks = (
-                "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME, no operands"
+                "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME, no operands,"
+                " no elementwise"
             )
             raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
 
@@ -265,10 +278,20 @@ class Config:
         return self.seed if self.rounding_seed is None else self.rounding_seed
 
     def rules(self) -> dict[str, Rule]:
-        """How each rounded site is rounded: by --precision and --rounding, or by its --site."""
+        """How each rounded site is rounded: by --precision and --rounding, or by its --site without a pattern."""
         base = format_named(self.precision)
         rules = {site: Rule(base, rounding_named(self.rounding)) for site in self.quantize if base != FLOAT32}
-        return effective(overridden(rules, (site_rule(text, self.rounding) for text in self.site)))
+        lines = [site_line(text, self.rounding) for text in self.site]
+        return effective(overridden(rules, [(line.site, line.rule) for line in lines if line.pattern is None]))
+
+    def lines(self) -> tuple[Line, ...]:
+        """What stands over `rules` in some modules: the --site with a pattern, and those for the whole model after one.
+
+        Empty where no --site has a pattern.
+        """
+        lines = [site_line(text, self.rounding) for text in self.site]
+        first = next((i for i, line in enumerate(lines) if line.pattern is not None), len(lines))
+        return tuple(lines[first:])
 
     @property
     def label(self) -> str:
@@ -293,8 +316,8 @@ class Config:
     def differences(self, other: Config) -> list[str]:
         """The names of the fields in which the two are different runs."""
         ours, theirs = self._decisive(), other._decisive()
-        names = {name for name in ours if ours[name] != theirs[name]}
-        if "rules" in names:
+        names = {name for name in ours | theirs if ours.get(name) != theirs.get(name)}
+        if names & {"rules", "lines"}:
             names |= set(RULES_FIELDS)
         return [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != getattr(other, f.name)]
 
@@ -304,20 +327,27 @@ class Config:
         return [f"{flag(name)} {_shown(ours)}, not {_shown(theirs)}" for name, (ours, theirs) in pairs.items()]
 
     def _decisive(self) -> dict[str, Any]:
-        """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference."""
-        rules = self.rules()
+        """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference.
+
+        "lines" are there only where some are for single modules, so that the runs without keep their folders' names.
+        """
+        rules, lines = self.rules(), self.lines()
+        if not rules and not any(is_there(line.site, line.rule) for line in lines):
+            lines = ()
         others = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
         for name in (*INDECISIVE, *RULES_FIELDS):
             del others[name]
-        stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in rules.values())
-        return others | {
+        all_rules = [*rules.values(), *(line.rule for line in lines)]
+        stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in all_rules)
+        decisive = others | {
             "rules": {site: str(rule) for site, rule in rules.items()},
             "model": self.model_name,
             "rounding_seed": self.noise_seed if stochastic else None,
-            "overflow": self.overflow if rules else None,
-            "layers": self.layers if rules else None,
+            "overflow": self.overflow if all_rules else None,
+            "layers": self.layers if all_rules else None,
             "backend": "qtorch" if self.backend == "qtorch" and rules else None,  # our engines give the same bits
         }
+        return decisive | {"lines": [str(line) for line in lines]} if lines else decisive
 
 
 def _convert(f: Field, value: Any) -> Any:

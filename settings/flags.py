@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from low_precision import formats
 from low_precision.errors import nearest, shown
-from low_precision.rules import SITE_NAMES
+from low_precision.rules import LINE_FORM, SITE_NAMES
 from settings.config import Config, ConfigError, flag
 from settings.recipes import RECIPES, with_recipe
 
@@ -61,7 +61,7 @@ def parser() -> Parser:
         about = f.metadata
         text = f"{about['help']}. {about['kind'].allowed} [default: {about['default']}]".replace("%", "%%")
         action = "append" if f.name in REPEATABLE else "store"
-        metavar = "SITE=FORMAT[:ROUNDING]" if f.name == "site" else f.name.upper()
+        metavar = LINE_FORM if f.name == "site" else f.name.upper()
         groups[about["group"]].add_argument(flag(f.name), action=action, metavar=metavar, help=text, dest=f.name)
     groups["rounding"].add_argument(
         "--recipe", metavar="RECIPE", help=f"a named set of flags; explicit ones win over it. {', '.join(RECIPES)}"

@@ -12,7 +12,7 @@ from typing import Any
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.rounding import ROUNDING_NAMES, rounding_named
-from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, SITES, check_site, in_order, is_site, site_rule
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, SITES, check_site, in_order, is_site, site_line
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,17 @@ def sites(value: Any) -> tuple[str, ...]:
 
 
 def overrides(value: Any) -> tuple[str, ...]:
-    """SITE=FORMAT[:ROUNDING], one or a sequence of them, each site once."""
+    """[PATTERN/]SITE=FORMAT[:ROUNDING], one or a sequence of them, each left side once.
+
+    Patterns have no comma and no semicolon, which stand between the values of a sweep.
+    """
     texts = (value,) if isinstance(value, str) else tuple(value)
-    named = [site_rule(one)[0] for one in texts]
-    if len(set(named)) < len(named):
-        raise ValueError
+    lines = [site_line(one) for one in texts]
+    left_sides = [line.left_side for line in lines]
+    if twice := [left for number, left in enumerate(left_sides) if left in left_sides[:number]]:
+        raise SettingError(None, shown(value), "", note=f" ({twice[0]} stands there twice)")
+    if marked := [line.left_side for line in lines if set(",;") & set(line.pattern or "")]:
+        raise SettingError(None, shown(value), "", note=f" (the pattern of {marked[0]} has a comma or a semicolon)")
     return texts
 
 

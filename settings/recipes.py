@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,9 @@ def table() -> str:
     lines = ["Explicit flags win over a recipe's."]
     for name, recipe in RECIPES.items():
         lines += ["", f"{name}: {recipe.about}", f"  {recipe.source}"]
-        lines += [f"  {flag(key)} {text}" for key, value in recipe.settings.items() for text in _texts(value)]
+        lines += [
+            f"  {flag(key)} {shlex.quote(text)}" for key, value in recipe.settings.items() for text in _texts(value)
+        ]
     return "\n".join(lines)
 
 

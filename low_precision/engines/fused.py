@@ -21,10 +21,12 @@ from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from low_precision import blocks
-from low_precision.engines import door, eager, loops, loops64
+from low_precision.engines import door, eager, lanes, loops, loops64
 from low_precision.engines.group import GROUP
+from low_precision.engines.lanes import LANES
+from low_precision.engines.lines import lines as lines_of
 from low_precision.engines.parameters import Parameters, bits, bits64, mode_of, parameters, parameters64
-from low_precision.engines.tasks import BlocksTask, ImagesTask, MaximaTask, RoundingTask, ScaledTask, Task
+from low_precision.engines.tasks import BlocksTask, ImagesTask, LinesTask, MaximaTask, RoundingTask, ScaledTask, Task
 from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import Key
 from low_precision.rounding import AnyRounding, Overflow
@@ -166,6 +168,9 @@ def _quantize_blocks(
     dim: int,
     out: Tensor | None,
 ) -> Tensor:
+    uncopied = _lines(x, fmt, rounding, key, dim)
+    if uncopied is not None:
+        return uncopied if out is None else out.copy_(uncopied)
     rows = blocks.rows(x, fmt, dim)
     first = key.first_element(len(x), rows.numel()) if key and key.first_row else 0
     if x.dtype == torch.float64 or first + rows.numel() > 2**32 or (fmt.scale and not _holds(x.dtype, fmt)):
@@ -184,6 +189,43 @@ def _quantize_blocks(
         rounded = blocks.narrowed(blocks.reached(rounded, fmt, x.dtype), x.dtype)
     result = blocks.restore(rounded, x, fmt, dim)
     return result if out is None else out.copy_(result)
+
+
+def _lines(x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, dim: int) -> Tensor | None:
+    """Blocks of so many numbers along a dimension, with a power of two as scale, of a tensor that is not copied.
+
+    None where it is another block, or an engine of such a tensor cannot round it: then its blocks.rows are rounded.
+    """
+    if isinstance(fmt.block, str) or fmt.scale is not None or x.ndim == 0 or x.dtype == torch.float64:
+        return None
+    lines = lines_of(x.shape, x.stride(), dim % x.ndim)
+    if lines is None or (lines.inner == 1 and lines.along > 1 and fmt.block > LANES):
+        return None
+    outer, along, inner = lines[:3]
+    padded = outer * inner * -(-along // fmt.block) * fmt.block
+    first = key.first_element(len(x), padded) if key and key.first_row else 0
+    source = x.float()
+    rounded = torch.empty_like(source)
+    if first + padded > 2**32 or not source.stride() == rounded.stride() == x.stride():
+        return None
+    is_columns = inner > 1 or along == 1
+    numbers = min(fmt.block, along) * (min(inner, LANES) if is_columns else 1)  # of a unit
+    stored = _stored(fmt.element, rounding, torch.finfo(x.dtype).max)
+    task = LinesTask(
+        source=source.data_ptr(),
+        target=rounded.data_ptr(),
+        count=outer * -(-along // fmt.block) * (-(-inner // LANES) if is_columns else 1),
+        piece=max(1, PIECE // numbers),
+        key=_as_int64(key),
+        parameters=stored.address,
+        first=first,
+        length=fmt.block,
+        **lines._asdict(),
+    )
+    _run((lanes.columns if is_columns else lanes.neighbours)(stored.mode), task)
+    if task.refused:
+        return None
+    return rounded if x.dtype == torch.float32 else blocks.narrowed(blocks.reached(rounded, fmt, x.dtype), x.dtype)
 
 
 def _holds(dtype: torch.dtype, fmt: BlockFormat) -> bool:

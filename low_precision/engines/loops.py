@@ -9,17 +9,23 @@ rounded.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from numba import int32, types, uint32
 from numba.core.ccallback import CFunc
 
-from low_precision.engines.group import GROUP, Group, group_buffer, largest_in, noise_of, round_group
-from low_precision.engines.operations import add, inlined, kernel, next_piece, reader, refuse, shl, shr, sub
+from low_precision.engines.group import (
+    GROUP,
+    Group,
+    group_buffer,
+    largest_in,
+    noise_of,
+    round_group,
+)
+from low_precision.engines.number import exponent_of_block, of_block
+from low_precision.engines.operations import kernel, next_piece, reader, refuse, sub
 from low_precision.engines.parameters import Parameters
 from low_precision.engines.tasks import BlocksTask, ImagesTask, RoundingTask
 
-_ONE = 0x3F800000  # the bits of 1.0
 _rounding_task, _images_task, _blocks_task = reader(RoundingTask), reader(ImagesTask), reader(BlocksTask)
 _parameters = reader(Parameters, types.uint32)
 
@@ -89,31 +95,6 @@ def channels_last(mode: int, infinity: bool) -> CFunc:
     return channels_last_kernel
 
 
-@inlined
-def _of_block(element, lowest_level, exponent):
-    """Parameters.of_block: the element's parameters with its bias and its largest value moved by the block's scale."""
-    largest = add(element.largest, shl(sub(exponent, shr(element.largest, 23)), 23))
-    zero: Any = uint32(0)
-    fast_from = zero
-    if element.signed_zero and element.mantissa:
-        fast_from = shl(add(lowest_level, 1), 23)
-    return Parameters(
-        normal_drop=element.normal_drop,
-        lowest_level=lowest_level,
-        mantissa=element.mantissa,
-        same_bias=zero,
-        fast_from=fast_from,
-        deep_below=shl(sub(add(lowest_level, element.normal_drop), 29), 23),
-        largest=largest,
-        largest_negative=largest,
-        signed_zero=element.signed_zero,
-        random_bits=element.random_bits,
-        half_offset=element.half_offset,
-        levels_below=element.levels_below,
-        type_largest=element.type_largest,
-    )
-
-
 @cache
 def blocks(mode: int) -> CFunc:
     """The kernel of a BlocksTask: float32 numbers in blocks with a power of two as scale (formats.BlockFormat).
@@ -131,12 +112,12 @@ def blocks(mode: int) -> CFunc:
             for number in range(piece * task.piece, min((piece + 1) * task.piece, task.count)):
                 begin = number * task.length
                 largest = largest_in(task.source + 4 * begin, task.length)
-                exponent = shr(min(largest, element.type_largest) if largest else uint32(_ONE), 23)
+                exponent = exponent_of_block(largest, element)
                 lowest_level = sub(exponent, element.levels_below)
                 if int32(lowest_level) + int32(element.normal_drop) < 31:
                     refuse(address)
                     return
-                fmt = _of_block(element, lowest_level, exponent)
+                fmt = of_block(element, lowest_level, exponent)
                 end = begin + task.length
                 for start in range(begin, end, GROUP):
                     group = Group(

@@ -196,6 +196,118 @@ load, store = _load(types.uint32, _I32), _store(types.uint32, _I32)
 load64, store64 = _load(types.int64, _I64), _store(types.int64, _I64)
 
 
+# The names of LLVM's functions below are those of its versions with typed pointers. Later ones take them too.
+
+
+def _prefetch(to_write):
+    """void (int64 address): asks for that place of memory, which is read, or written, soon. Any address will do."""
+
+    @instruction
+    def prefetch(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], _I32.as_pointer())
+            function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            function = builder.module.declare_intrinsic("llvm.prefetch.p0i32", fnty=function_type)
+            builder.call(function, [pointer, _I32(to_write), _I32(3), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return prefetch
+
+
+prefetch_to_read, prefetch_to_write = _prefetch(0), _prefetch(1)
+
+
+# Of vectors, where a loop is so short that LLVM would make no vector instructions of it.
+
+VECTOR = 16  # numbers
+
+
+def _vector(numbers):
+    return ir.Constant(ir.VectorType(_I32, VECTOR), [ir.Constant(_I32, number) for number in numbers])
+
+
+def _all(builder, value):
+    """A vector whose numbers are all the same."""
+    vector = builder.insert_element(_vector([0] * VECTOR), value, _I32(0))
+    return builder.shuffle_vector(vector, vector, _vector([0] * VECTOR))
+
+
+def _magnitudes(builder, address, size=None):
+    """A vector of those of float32 numbers, zeros in place of NaNs. size: how many there are; the others are zeros."""
+    vector_type, flags = ir.VectorType(_I32, VECTOR), ir.VectorType(ir.IntType(1), VECTOR)
+    pointer = builder.inttoptr(address, vector_type.as_pointer())
+    if size is None:
+        bits = builder.load(pointer, align=4)
+    else:
+        there = builder.icmp_unsigned("<", _vector(range(VECTOR)), _all(builder, builder.trunc(size, _I32)))
+        read_type = ir.FunctionType(vector_type, [vector_type.as_pointer(), _I32, flags, vector_type])
+        read = builder.module.declare_intrinsic("llvm.masked.load.v16i32.p0v16i32", fnty=read_type)
+        bits = builder.call(read, [pointer, _I32(4), there, _vector([0] * VECTOR)])
+    magnitudes = builder.and_(bits, _vector([0x7FFFFFFF] * VECTOR))
+    is_nan = builder.icmp_unsigned(">", magnitudes, _vector([0x7F800000] * VECTOR))
+    return builder.select(is_nan, _vector([0] * VECTOR), magnitudes)
+
+
+def _larger(builder, x, y):
+    return builder.select(builder.icmp_unsigned(">", x, y), x, y)
+
+
+def _largest_everywhere(builder, vector):
+    """A vector whose numbers are all the largest of this one's."""
+    for distance in (8, 4, 2, 1):
+        others = builder.shuffle_vector(vector, vector, _vector([i ^ distance for i in range(VECTOR)]))
+        vector = _larger(builder, vector, others)
+    return vector
+
+
+def _put(builder, address, vector):
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=4)
+
+
+@instruction
+def put_largest(typing_context, target, source, size):
+    """void (int64 target, int64 source, int64): the largest magnitude of the first `size` float32 numbers, at most
+    VECTOR, from `source` on, into VECTOR places from `target` on; NaNs are zeros.
+    """
+
+    def generate(context, builder, signature, arguments):
+        target, source, size = arguments
+        _put(builder, target, _largest_everywhere(builder, _magnitudes(builder, source, size)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@instruction
+def put_largest_of_two(typing_context, target, source):
+    """void (int64 target, int64 source): as put_largest, of two whole vectors into the places of two."""
+
+    def generate(context, builder, signature, arguments):
+        target, source = arguments
+        further = _I64(4 * VECTOR)
+        halves = _magnitudes(builder, source), _magnitudes(builder, builder.add(source, further))
+        largest = _largest_everywhere(builder, _larger(builder, *halves))
+        _put(builder, target, largest)
+        _put(builder, builder.add(target, further), largest)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@instruction
+def fill(typing_context, address, first, step):
+    """void (int64 address, uint32, uint32): puts VECTOR numbers into memory: first, first + step, ..."""
+
+    def generate(context, builder, signature, arguments):
+        steps = builder.mul(_all(builder, arguments[2]), _vector(range(VECTOR)))
+        _put(builder, arguments[0], builder.add(_all(builder, arguments[1]), steps))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32, types.uint32), generate
+
+
 def reader(layout: type, number_type: types.Integer = types.int64):
     """layout (int64 address): the numbers from an address on, by the names of the fields of the class `layout`."""
     names = field_names(layout)

@@ -96,6 +96,30 @@ class BlocksTask(RoundingTask):
 
 
 @_of_int64
+class LinesTask(BlocksTask):
+    """Blocks along one dimension of a tensor that fills a piece of memory: there it is (outer, along, inner).
+
+    A line is all that has one index in the others, and noise counts lines in row-major order. In memory they may lie
+    in another order: outer is (_, outer_1, outer_2), inner is (_, inner_1), and a step along each of these five
+    dimensions is so many lines in the row-major order.
+    """
+
+    __slots__ = ()
+
+    outer: int  # of all its three dimensions
+    along: int  # numbers of a line
+    inner: int  # lines that lie side by side: so far apart are the numbers of a line
+    outer_1: int
+    outer_2: int
+    step_0: int
+    step_1: int
+    step_2: int
+    inner_1: int
+    inner_step_0: int
+    inner_step_1: int
+
+
+@_of_int64
 class ScaledTask(BlocksTask):
     """Blocks whose scale is a number of a format times that of the tensor: see blocks.scales.
 

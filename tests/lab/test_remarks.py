@@ -174,3 +174,43 @@ def test_it_is_looked_at_in_the_steps_that_are_powers_of_two():
     unrounded = SecondMoments(rounded=False)
     unrounded.after_step(1, adam([1.0], [0.0]))
     assert unrounded.share == 0.0
+
+
+# What was not rounded
+
+
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        (FLOAT8, "results of relu (3), max_pool2d"),
+        (["--site", "products=float8"], "results of products (4), relu (3), max_pool2d"),
+        ([*FLOAT8, "--quantize", "inputs"], None),
+        ([*FLOAT8, "--site", "elementwise=bfloat16"], ""),
+        (["--precision", "float8", "--quantize", "weights"], ""),  # nothing that flows is rounded: it was not asked for
+        ([], ""),
+    ],
+)
+def test_a_run_says_in_one_line_what_was_not_rounded(cli, flags, left):
+    ran = cli("--dataset", "digits", "--epochs", 1, "--model", "cnn", *flags)
+    lines = [line for line in ran.out.splitlines() if line.startswith("not rounded: ")]
+    if left is None:
+        (line,) = lines
+        assert "operands of products: forward.weights (4), " in line
+    else:
+        assert lines == ([f"not rounded: {left}"] if left else [])
+    assert ran.summary.get("not_rounded", "") == (lines[0].partition(": ")[2] if lines else "")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--precision", "float8", "--site", "elementwise=bfloat16"],
+        ["--site", "dgrad.weights=float8"],
+    ],
+)
+def test_a_site_that_reaches_nothing_ends_the_run_in_its_first_step(cli, tmp_path, flags):
+    ran = cli("--dataset", "boston", "--model", "linear", *flags)
+    assert ran.status == 2
+    site = flags[-1].partition("=")[0]
+    assert ran.err.strip().splitlines()[-1].startswith(f"main.py: error: --site: given {site}, allowed: one that this")
+    assert not list(tmp_path.rglob("*.json"))

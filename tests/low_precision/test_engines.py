@@ -378,7 +378,7 @@ print(float(fused._maxima(torch.ones(1, 4), 9.0)), loops64.maxima().cache_hits)
 
 def test_kernels_are_made_of_files_whose_change_is_noticed():
     """operations.kernel looks at the files in engines/ and at noise.py: those may be imported where kernels are."""
-    for name in ("operations", "group", "loops", "loops64", "tasks"):
+    for name in ("operations", "number", "group", "loops", "loops64", "lanes", "tasks"):
         source = (ROOT / "low_precision/engines" / f"{name}.py").read_text()
         modules = re.findall(r"^(?:from|import) (low_precision\S*)(?: import (\w+))?", source, re.MULTILINE)
         for module, member in modules:

@@ -96,7 +96,7 @@ def test_matmul(name, fmt):
         lambda x, reading, turn, quantizer=quantizer: round_operand(quantizer, x, reading, 0, 0, 0, turn)
         for quantizer in quantizers
     ]
-    y = Product.apply(a, b, None, Matmul(), Operands(*rounds), itertools.count())
+    y = Product.apply(a, b, None, Matmul(a.ndim - 2), Operands(*rounds), itertools.count())
     y.backward(vector["errors"])
     theirs = vector["results"][fmt]
     assert [key for key, x in (("y", y), ("da", a.grad), ("db", b.grad)) if not equal(x, theirs[key])] == []

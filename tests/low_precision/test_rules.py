@@ -64,7 +64,7 @@ def test_a_rule_is_a_text_a_format_or_a_rule():
 def test_sites_and_their_rules():
     assert site_rule("accumulator=float16:stochastic:4") == ("accumulator", rule_of("float16:stochastic:4"))
     assert site_rule("errors=half", "up") == ("errors", rule_of("fp16:up"))
-    assert (set(ALL_SITES) | set(rules.ADDED_SITES)) == set(SITES)
+    assert {*ALL_SITES, *rules.ADDED_SITES, rules.ELEMENTWISE} == set(SITES)
     for site in SITES:  # what is in float32 is not rounded, but an accumulator in float32 exists
         assert is_there(site, rule_of("float8"))
         assert is_there(site, rule_of("float32")) == (site in rules.ADDED_SITES)

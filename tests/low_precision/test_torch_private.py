@@ -21,10 +21,11 @@ NAMES = [
     *("_len_torch_dispatch_stack", "_current_graph_task_id", "_execution_engine", "found_inf"),
     *("_functorch", "get_interpreter_stack", "get_proxy_mode", "is_functorch_wrapped_tensor", "_current_level"),
     *("temporarily_clear_interpreter_stack", "DisableTorchFunction", "_DisableTorchDispatch", "FakeTensor"),
+    "_call_impl",
 ]
 # Asked for once a process: tests of their own hide them.
 ONCE = ["_disable_dynamo", "CheckpointFunction", "_checkpoint_without_reentrant_generator"]
-ONCE += ["_is_tracing", "_len_torch_function_stack"]
+ONCE += ["_is_tracing", "_len_torch_function_stack", "__code__", "__globals__", "_grouped_mm", "skip_code"]
 
 
 def hide(monkeypatch, *names: str) -> None:

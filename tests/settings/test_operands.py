@@ -25,7 +25,16 @@ def test_a_later_line_wins():
 
 
 def test_all_is_what_it_was():
-    assert not set(Config.make(precision="float8").rules()) & set(OPERANDS)
+    assert not set(Config.make(precision="float8").rules()) & {*OPERANDS, "elementwise"}
+
+
+def test_elementwise_is_a_site():
+    by_site = Config.make(precision="float8", site="elementwise=bfloat16").rules()
+    assert str(by_site["elementwise"]) == "bfloat16:nearest"
+    chosen = Config.make(precision="bfloat16", quantize="weights,elementwise").rules()
+    assert {site: str(rule) for site, rule in chosen.items()} == dict.fromkeys(
+        ("weights", "elementwise"), "bfloat16:nearest"
+    )
 
 
 def test_the_json_and_a_choice_of_sites():
@@ -42,6 +51,7 @@ def test_the_json_and_a_choice_of_sites():
         ({"site": "wgrad.weights=float8"}, "--site: given wgrad.weights=float8"),
         ({"quantize": "weights,dgrad"}, "--quantize: given weights,dgrad"),
         ({"site": "products=float8", "backend": "qtorch"}, "no operands"),
+        ({"site": "elementwise=float8", "backend": "qtorch"}, "no elementwise"),
         ({"site": "products=float8", "overflow": "infinity"}, "forward.inputs: float8 has no infinity"),
     ],
 )

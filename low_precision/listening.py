@@ -1,0 +1,82 @@
+"""The first forward pass of a model, of training and of evaluation each: noted, and what no site reached is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from low_precision import reach
+from low_precision.calls import ModelRun
+from low_precision.noted import Notes
+from low_precision.rules import ELEMENTWISE, FLOWING, Line
+
+_FORWARD = ("inputs", "activations", ELEMENTWISE, "forward.inputs", "forward.weights")  # what a forward pass reaches
+
+
+class Listening:
+    """Listens to one model."""
+
+    def __init__(self, run: ModelRun) -> None:
+        self._run = run
+        self.modes: set[bool] = set()  # of training, whose next forward pass is noted
+        self.notes: dict[bool, Notes] = {}  # by mode of training, of the first forward pass
+        self._named: set[tuple[str, str, str]] = set()  # products that a warning has named
+        self._is_checked = False  # whether sites of the backward pass were looked for
+
+    def start(self) -> None:
+        """The model is another one from now on."""
+        self.modes, self._is_checked = {True, False}, False
+
+    def give_up(self) -> None:
+        """The model is compiled, so nobody can listen."""
+        self.modes.clear()
+        if not self.notes:
+            reach.warn_compiled()
+
+    def first_pass(
+        self, model: nn.Module, sites: list[str], lines: tuple[Line, ...], done: Callable[[Notes, bool], None]
+    ) -> None:
+        """Notes the forward pass that begins. At its end, products that are not rounded are named in a warning.
+
+        SettingError there for a site or a line that there was nothing for. done: called with the notes before, and with
+        whether it is the first pass of all. sites: those that round something.
+        """
+        training, is_first = model.training, len(self.modes) == 2
+        notes = self._run.notes = self.notes[training] = Notes()
+
+        def end(model: nn.Module, arguments: Any, output: Any) -> None:
+            self._run.notes = None
+            hook.remove()
+            reach.warn(place for place in notes.unreached if place not in self._named)
+            self._named.update(notes.unreached)
+            if output is None:  # an error: what comes behind it was not heard
+                del self.notes[training]
+                return
+            done(notes, is_first)
+            reach.check(sites, lines, notes, _FORWARD)
+            self.modes.discard(training)
+
+        hook = model.register_forward_hook(end, always_call=True)
+
+    def check_backward(self, sites: Callable[[], list[str]], lines: tuple[Line, ...]) -> None:
+        """SettingError, before an optimizer's step, for what there was nothing for in the first training pass."""
+        if not self._is_checked and True in self.notes:
+            reach.check(sites(), lines, self.notes[True], FLOWING)
+            self._is_checked = True
+
+    def shown(self, module: str) -> list[str]:
+        """The functions that the module of that name called, with their rules."""
+        return list(dict.fromkeys(line for notes in self.notes.values() for line in notes.shown(module)))
+
+    @contextmanager
+    def aside(self) -> Iterator[Notes]:
+        """The notes of the forward pass that is made inside; it does not count as a first one."""
+        modes, self.modes = self.modes, set()
+        notes = self._run.notes = Notes()
+        try:
+            yield notes
+        finally:
+            self._run.notes, self.modes = None, modes
