@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from low_precision import torch_private
 from low_precision.clock import Clock, Time
 from low_precision.flow import place_of, replica_of, round_flowing
-from low_precision.rules import FLOWING, Rule, effective
+from low_precision.rules import AROUND_LAYERS, FLOWING, OPERANDS, Rule, effective
 from low_precision.running import ModuleHooks, hidden, innermost
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.torch_private import untraced
@@ -108,7 +108,8 @@ class LayerRounding(nn.Module):
     def shown(self) -> dict[str, Rule]:
         """The rules that reach this layer, in the order of SITES; momentum.NAME comes after momentum."""
         reached = effective(self._rules)
-        return {site: rule for site, rule in reached.items() if self._is_layer or site not in FLOWING}
+        around = {*AROUND_LAYERS, *OPERANDS} if self._is_layer else set()  # a layer is one product, and nothing else
+        return {site: rule for site, rule in reached.items() if site in around or site not in FLOWING}
 
     def extra_repr(self) -> str:
         sites = ", ".join(f"{site}={rule}" for site, rule in self.shown().items())

@@ -121,3 +121,10 @@ def test_print_shows_the_functions_of_the_first_pass():
     assert str(model).count("matmul") == 1
     lp.remove(model)
     assert "matmul" not in str(model)
+
+
+def test_print_shows_elementwise_where_it_is_and_not_at_products():
+    model = lp.quantize_model(Model(), elementwise="bfloat16", inputs="float8")
+    model(X)
+    assert "elementwise" not in str(model.layer)
+    assert "batch_norm: elementwise=bfloat16:nearest" in str(model.norm)
