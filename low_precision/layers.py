@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from low_precision import torch_private
 from low_precision.clock import Clock, Time
 from low_precision.flow import place_of, replica_of, round_flowing
 from low_precision.rules import AROUND_LAYERS, FLOWING, OPERANDS, Rule, effective
-from low_precision.running import ModuleHooks, hidden, innermost
+from low_precision.running import ModuleHooks, give_back, hidden, innermost, is_seen, lend
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.torch_private import untraced
 
@@ -81,11 +82,11 @@ class LayerRounding(nn.Module):
         name: str,
         layer: nn.Module,
         clock: Clock,
-        frames: ModuleHooks | None,
+        has_operands: bool,
     ) -> None:
         """rules: those to show; the optimizer's come later, into the same dict. name: the layer's in its model.
 
-        frames: the hooks that say when the layer runs.
+        has_operands: whether operands of its products are rounded.
         """
         super().__init__()
         kind = type_of(layer)
@@ -96,8 +97,7 @@ class LayerRounding(nn.Module):
         self.input_errors = scheme.quantizer("errors", f"{name}.input", clock)
         self.output_errors = scheme.quantizer("errors", f"{name}.output", clock)
         self.clock = clock
-        self._end = frames.end if frames else None
-        self._has_operands = frames is not None and frames.rounding.has_operands
+        self._has_operands = has_operands
         self.not_called = False  # in the model's first forward pass: print(model) says so
 
     @property
@@ -131,22 +131,29 @@ class LayerRounding(nn.Module):
         if frame is not None:
             frame.own_passes = time.calls[self.name, self.training, replica]
         private_error = self.input_errors is not None and self._has_private_error(layer)
-        with hidden():
+        if frame is None or frame.rounding.is_quiet:  # hooks do all that there is to do
+            lend()
+        with hidden() if is_seen() else nullcontext():
             x = self._round(x, self.inputs, self.input_errors, time, replica, private_error=private_error)
         return ((x, *arguments[1:]), named) if arguments else ((), named | {"input": x})
 
     @untraced
-    def after(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The layer's forward hook: rounds what it gives."""
+    def after(self, layer: nn.Module, arguments: tuple[Any, ...], output: Tensor | None) -> Tensor | None:
+        """The layer's forward hook: rounds what it gives. After an error, that is None."""
         time = self.clock.now()
-        if time.paused:
-            return output
-        hooks = self._foreign_hooks(layer)
-        private = hooks is not None and hooks[:1] == [self.after] and not self._has_operands and _is_new(layer, output)
-        replica = replica_of(layer, output)
-        with hidden():
-            y = self._round(output, self.activations, self.output_errors, time, replica, private_value=private)
-            return y if self.activations or y is output else y.clone()  # an in-place ReLU is refused on Round's view
+        try:
+            if time.paused or output is None:
+                return output
+            hooks = self._foreign_hooks(layer)
+            is_first = hooks is not None and hooks[:1] == [self.after]
+            private = is_first and not self._has_operands and _is_new(layer, output)
+            replica = replica_of(layer, output)
+            with hidden() if is_seen() else nullcontext():
+                y = self._round(output, self.activations, self.output_errors, time, replica, private_value=private)
+                # An in-place ReLU is refused on the view that Round makes.
+                return y if self.activations or y is output else y.clone()
+        finally:
+            give_back()
 
     def _round(
         self,
@@ -179,7 +186,9 @@ class LayerRounding(nn.Module):
     def _foreign_hooks(self, layer: nn.Module) -> list[Any] | None:
         """The layer's forward hooks without the one that says that it ran; None where torch does not tell."""
         hooks = torch_private.forward_hooks(layer)
-        return None if hooks is None else [hook for hook in hooks if hook != self._end]
+        if hooks is None or len(hooks) == 1:
+            return hooks
+        return [hook for hook in hooks if getattr(hook, "__func__", None) is not ModuleHooks.end]
 
 
 def _is_watched() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -37,12 +37,17 @@ class Listening:
             reach.warn_compiled()
 
     def first_pass(
-        self, model: nn.Module, sites: list[str], lines: tuple[Line, ...], done: Callable[[Notes, bool], None]
+        self,
+        model: nn.Module,
+        sites: list[str],
+        lines: tuple[Line, ...],
+        done: Callable[[Notes, bool], None],
+        during: ExitStack,
     ) -> None:
         """Notes the forward pass that begins. At its end, products that are not rounded are named in a warning.
 
         SettingError there for a site or a line that there was nothing for. done: called with the notes before, and with
-        whether it is the first pass of all. sites: those that round something.
+        whether it is the first pass of all. sites: those that round something. during: closed at the end of the pass.
         """
         training, is_first = model.training, len(self.modes) == 2
         notes = self._run.notes = self.notes[training] = Notes()
@@ -50,6 +55,7 @@ class Listening:
         def end(model: nn.Module, arguments: Any, output: Any) -> None:
             self._run.notes = None
             hook.remove()
+            during.close()
             reach.warn(place for place in notes.unreached if place not in self._named)
             self._named.update(notes.unreached)
             if output is None:  # an error: what comes behind it was not heard

@@ -8,7 +8,7 @@ state_dict.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from low_precision.layers import LAYER_TYPES, LayerRounding, ShownFunctions, typ
 from low_precision.listening import Listening
 from low_precision.loss_scale import LossScale
 from low_precision.noted import Notes
-from low_precision.optimizer import OptimizerRounding
+from low_precision.optimizer import OptimizerRounding, has_optimizer
 from low_precision.rules import (
     ADDED_SITES,
     ELEMENTWISE,
@@ -35,7 +35,7 @@ from low_precision.rules import (
     is_there,
     state_of,
 )
-from low_precision.running import ModuleHooks, hidden
+from low_precision.running import ModuleHooks, hidden, needs_frame
 from low_precision.scheme import Scheme
 from low_precision.torch_private import forget_compiled, is_replica, parameters_of, untraced, unwrapped
 from low_precision.weights import Weights
@@ -86,7 +86,9 @@ class LowPrecision:
         by_layer.check_patterns(model, self.layers)
         by_layer.check_lines(model, scheme.lines, self.layers)
         self._hooks: list[Any] = []  # pickled with the model: else a hook of a new process could take their number
-        self._framed: list[nn.Module] = []  # those whose calls of functions are seen
+        self._framed: list[nn.Module] = []  # those that say when they run
+        self._root_frame: ModuleHooks | None = None  # the model's own, where it has one
+        self._passing: list[Any] = []  # hooks by which others do so while a forward pass is noted
         self._nested: list[nn.TransformerEncoder] = []  # which would have made nested tensors
         self._run = ModelRun(model)
         self.listening = Listening(self._run)
@@ -115,39 +117,38 @@ class LowPrecision:
                 # First of all, before one that computes with the parameters, as pruning does.
                 self._hooks.append(module.register_forward_pre_hook(self._settle, prepend=True))
                 self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))  # type: ignore[no-untyped-call]
-        frames = self._frame_modules()
+        self._hooks += self._frame_modules()
         for name, module in modules.items():
-            rounding = self._show(module, name, frames.get(id(module)))
+            rounding = self._show(module, name)
             if rounding and rounding.flows:
                 self._hooks.append(module.register_forward_pre_hook(rounding.before, with_kwargs=True))
-                self._hooks.append(module.register_forward_hook(rounding.after))
+                self._hooks.append(module.register_forward_hook(rounding.after, always_call=True))
         self._prepare()
 
-    def _frame_modules(self, always: bool = False) -> dict[int, ModuleHooks]:
-        """The hooks that say when a module runs, by its id, for those that have none yet.
+    def _frame_modules(self, everywhere: bool = False) -> list[Any]:
+        """Registers the hooks that say when a module runs, where they are needed and not there yet, and returns them.
 
-        always: where nothing that flows is rounded, too.
+        everywhere: for all modules, so that what they call is noted under their names.
         """
-        frames: dict[int, ModuleHooks] = {}
-        if not (self._flowing_sites() or always):
-            return frames
+        hooks: list[Any] = []
+        if not (self._flowing_sites() or everywhere):
+            return hooks
         known = set(map(id, self._framed))
         # Those that lines leave alone too: what they call is not their container's.
         for name, module in by_layer.select(self.model, self.layers).items():
-            if id(module) not in known and not isinstance(module, LayerRounding):
+            if id(module) in known or isinstance(module, LayerRounding):
+                continue
+            scheme, kind = self.scheme.of(name), type_of(module)
+            rounding = ModuleRounding(
+                scheme, name, self.clock, self._run, kind is not None, type(module) in LAYER_TYPES
+            )
+            if everywhere or needs_frame(module, rounding):
                 self._framed.append(module)
-                rounding = ModuleRounding(
-                    self.scheme.of(name),
-                    name,
-                    self.clock,
-                    self._run,
-                    type_of(module) is not None,
-                    type(module) in LAYER_TYPES,
-                )
-                hooks = frames[id(module)] = ModuleHooks(rounding)
-                self._hooks.append(module.register_forward_pre_hook(hooks.begin, prepend=True))
-                self._hooks.append(module.register_forward_hook(hooks.end, always_call=True))
-        return frames
+                frame = ModuleHooks(rounding)
+                self._root_frame = frame if module is self.model else self._root_frame
+                hooks.append(module.register_forward_pre_hook(frame.begin, prepend=True))
+                hooks.append(module.register_forward_hook(frame.end, always_call=True))
+        return hooks
 
     def _flowing_sites(self) -> list[str]:
         """The sites of what flows through the model that round something."""
@@ -241,7 +242,7 @@ class LowPrecision:
         scale = LossScale(loss_scale)
         if isinstance(getattr(optimizer, "loss_scale", None), LossScale):
             raise ValueError("this optimizer rounds already: make a new one")
-        inner = [name for name, value in vars(optimizer).items() if _has_optimizer(value)]
+        inner = [name for name, value in vars(optimizer).items() if has_optimizer(value)]
         if inner:
             kind = type(optimizer).__name__
             raise ValueError(
@@ -328,12 +329,14 @@ class LowPrecision:
                     self._check_computed(name, module)  # the older spectral_norm renames the parameter, pruning too
         return modules, names
 
-    def _show(self, module: nn.Module, name: str = "", frames: ModuleHooks | None = None) -> LayerRounding | None:
+    def _show(self, module: nn.Module, name: str = "") -> LayerRounding | None:
         """The rounding of this module, made where it has none yet and rules reach it; None where there is none."""
         if rounding := self._rounding_of(module):
             return rounding
         rules = self._rules.setdefault(module, self._shown_rules(module, name))
-        made = LayerRounding(self.scheme.of(name), rules, name, module, self.clock, frames)
+        scheme = self.scheme.of(name)
+        has_operands = bool(_there(scheme) & set(OPERANDS))
+        made = LayerRounding(scheme, rules, name, module, self.clock, has_operands)
         leaf = type_of(module) or next(module.children(), None) is None
         if not (leaf and made.shown()):
             return None
@@ -354,10 +357,10 @@ class LowPrecision:
 
     def _before_model(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         """The model's forward pre-hook. torch.compile traces it, and so knows that nothing can listen there."""
-        self._begin(model, model.training in self.listening.modes, torch.compiler.is_compiling())
+        self._begin(model, arguments, model.training in self.listening.modes, torch.compiler.is_compiling())
 
     @untraced
-    def _begin(self, model: nn.Module, listen: bool, compiled: bool) -> None:
+    def _begin(self, model: nn.Module, arguments: tuple[Any, ...], listen: bool, compiled: bool) -> None:
         if self.clock.now().paused:
             return
         self.check()
@@ -367,7 +370,12 @@ class LowPrecision:
         with hidden():
             self._weights.settle(training=model.training and torch.is_grad_enabled())
         if listen and not compiled:
-            self.listening.first_pass(model, self._flowing_sites(), self.scheme.lines, self._show_calls)
+            is_framed = any(module is model for module in self._framed)
+            with_frames = ExitStack()
+            with_frames.enter_context(self._framed_everywhere())
+            self.listening.first_pass(model, self._flowing_sites(), self.scheme.lines, self._show_calls, with_frames)
+            if not is_framed and self._root_frame:  # its hook came too late for this pass
+                self._root_frame.begin(model, arguments)
         elif listen:
             self.listening.give_up()
 
@@ -380,18 +388,25 @@ class LowPrecision:
             ShownFunctions.show(module, self.listening.shown(name))
 
     @contextmanager
-    def noting(self) -> Iterator[Notes]:
-        """The notes of the forward pass that is made inside; it does not count as the model's first one."""
-        known, hooks = list(self._framed), list(self._hooks)
-        self._frame_modules(always=True)
+    def _framed_everywhere(self) -> Iterator[None]:
+        """Inside, each module says when it runs."""
+        for hook in self._passing:  # of a pass that was interrupted
+            hook.remove()
+        known = list(self._framed)
+        self._passing = self._frame_modules(everywhere=True)
         try:
-            with self.listening.aside() as notes:
-                yield notes
+            yield
         finally:
             self._framed = known
-            for hook in self._hooks[len(hooks) :]:
+            for hook in self._passing:
                 hook.remove()
-            self._hooks = hooks
+            self._passing = []
+
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """The notes of the forward pass that is made inside; it does not count as the model's first one."""
+        with self._framed_everywhere(), self.listening.aside() as notes:
+            yield notes
 
     @staticmethod
     def of(model: nn.Module) -> LowPrecision | None:
@@ -426,15 +441,6 @@ class LowPrecision:
                 raise ValueError(f"load_state_dict: {name} is a new parameter, not rounded: load without assign")
         if not self.clock.paused:
             self._weights.settle(parameters.values())
-
-
-def _has_optimizer(value: object) -> bool:
-    """Whether an attribute is an optimizer, or a list, tuple or dict with one in it."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, torch.optim.Optimizer) or (
-        isinstance(value, list | tuple) and any(isinstance(item, torch.optim.Optimizer) for item in value)
-    )
 
 
 def _there(scheme: Scheme) -> set[str]:

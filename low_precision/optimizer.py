@@ -369,6 +369,15 @@ class OptimizerRounding:
         self._saved_rules = None
 
 
+def has_optimizer(value: object) -> bool:
+    """Whether an attribute is an optimizer, or a list, tuple or dict with one in it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, torch.optim.Optimizer) or (
+        isinstance(value, list | tuple) and any(isinstance(item, torch.optim.Optimizer) for item in value)
+    )
+
+
 def _gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     return {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
 

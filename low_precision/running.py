@@ -48,6 +48,7 @@ class _Thread(threading.local):
         self.frames: list[Frame] = []  # the modules that run, the innermost last
         self.mode = FunctionMode()
         self.is_active = False  # the mode
+        self.is_lent = False  # it is off the stack while a layer runs
         self.hidden = 0  # inside so many blocks of `hidden`
 
 
@@ -120,6 +121,7 @@ class ModuleHooks:
         replica = 0 if x is None else replica_of(module, x)
         if self.rounding.run.notes is not None:
             self.rounding.run.notes.modules.add(self.rounding.name)
+        give_back()
         _drop_interrupted()
         _thread.frames.append(Frame(self.rounding, module, time, replica, torch_private.module_call()))
         if len(_thread.frames) == 1:
@@ -130,6 +132,7 @@ class ModuleHooks:
     @untraced
     def end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         """A forward hook, called after an error too."""
+        give_back()
         # After an error it may be called though `begin` was not.
         if _thread.frames and _thread.frames[-1].module is module:
             _thread.frames.pop()
@@ -150,13 +153,44 @@ def _deactivate() -> None:
         _thread.is_active = False
 
 
+def lend() -> None:
+    """A layer runs to whose function hooks do all that there is to do: the mode is off until `give_back`."""
+    if _thread.is_active and not _thread.is_lent:
+        _thread.is_lent = torch_private.hide_mode(_thread.mode)
+
+
+def give_back() -> None:
+    """Takes `lend` back."""
+    if _thread.is_lent:
+        _thread.is_lent = False
+        torch_private.show_mode(_thread.mode)
+
+
+def is_seen() -> bool:
+    """Whether the mode would see a function that is called now."""
+    return _thread.is_active and not _thread.is_lent
+
+
+# Of the modules of torch, those that call functions with products, beside layers.
+_MULTIPLYING = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
+
+
+def needs_frame(module: nn.Module, rounding: ModuleRounding) -> bool:
+    """Whether functions that the module calls are rounded, or must not be taken for its container's."""
+    if rounding.has_elementwise:
+        return True
+    if rounding.is_layer:
+        return not (rounding.is_plain_layer and rounding.has_products)  # else its hooks do all that there is to do
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    return not is_torchs or isinstance(module, _MULTIPLYING)
+
+
 def _look() -> None:
     """Tells the mode what it has to look at for the innermost module."""
     frames, mode = _thread.frames, _thread.mode
     rounding = frames[-1].rounding if frames else None
-    is_noted = rounding is not None and rounding.run.notes is not None
-    sees_all = rounding is not None and (rounding.has_elementwise or is_noted)
-    sees_nothing = rounding is not None and rounding.is_plain_layer and not is_noted
+    sees_all = rounding is not None and (rounding.has_elementwise or rounding.run.notes is not None)
+    sees_nothing = rounding is not None and rounding.is_quiet
     if (mode.sees_all, mode.sees_nothing) != (sees_all, sees_nothing):
         mode.sees_all, mode.sees_nothing = sees_all, sees_nothing
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn, overrides
+from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode
 
@@ -342,15 +342,16 @@ def grouped_products() -> list[Callable[..., Any]]:
 
 def hide_mode(mode: TorchFunctionMode) -> bool:
     """Takes the mode off the top of this thread's stack; False where it does not lie there."""
-    if overrides._get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
+    count = torch._C._len_torch_function_stack()
+    if not count or torch._C._get_function_stack_at(count - 1) is not mode:
         return False
-    overrides._pop_mode()  # type: ignore[no-untyped-call]
+    torch._C._pop_torch_function_stack()
     return True
 
 
 def show_mode(mode: TorchFunctionMode) -> None:
     """Takes hide_mode back."""
-    overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+    torch._C._push_on_torch_function_stack(mode)
 
 
 def module_call() -> FrameType | None:
