@@ -143,7 +143,8 @@ class LowPrecision:
                 scheme, name, self.clock, self._run, kind is not None, type(module) in LAYER_TYPES
             )
             if everywhere or needs_frame(module, rounding):
-                self._framed.append(module)
+                if not everywhere:
+                    self._framed.append(module)
                 frame = ModuleHooks(rounding)
                 self._root_frame = frame if module is self.model else self._root_frame
                 hooks.append(module.register_forward_pre_hook(frame.begin, prepend=True))
@@ -392,15 +393,12 @@ class LowPrecision:
         """Inside, each module says when it runs."""
         for hook in self._passing:  # of a pass that was interrupted
             hook.remove()
-        known = list(self._framed)
-        self._passing = self._frame_modules(everywhere=True)
+        hooks = self._passing = self._frame_modules(everywhere=True)
         try:
             yield
         finally:
-            self._framed = known
-            for hook in self._passing:
+            for hook in hooks:
                 hook.remove()
-            self._passing = []
 
     @contextmanager
     def noting(self) -> Iterator[Notes]:

@@ -128,3 +128,24 @@ def test_print_shows_elementwise_where_it_is_and_not_at_products():
     model(X)
     assert "elementwise" not in str(model.layer)
     assert "batch_norm: elementwise=bfloat16:nearest" in str(model.norm)
+
+
+def test_a_first_pass_that_is_interrupted_leaves_no_hooks_behind():
+    class Interrupted(Model):
+        stops = True
+
+        def forward(self, x):
+            y = super().forward(x)
+            if self.stops:
+                raise KeyboardInterrupt
+            return y
+
+    model = lp.quantize_model(Interrupted(), inputs="float8")
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.children()]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+    model.stops = False
+    model(X)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.children()] == hooks
+    assert {row.times for row in lp.coverage(model).rows} == {1}
