@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
-from low_precision import reach
+from low_precision import reach, torch_private
 from low_precision.calls import ModelRun
 from low_precision.noted import Notes
 from low_precision.rules import ELEMENTWISE, FLOWING, Line
@@ -21,10 +24,15 @@ class Listening:
 
     def __init__(self, run: ModelRun) -> None:
         self._run = run
-        self.modes: set[bool] = set()  # of training, whose next forward pass is noted
+        self.modes: set[bool] = set()  # of training (with gradients), whose next forward pass is noted
         self.notes: dict[bool, Notes] = {}  # by mode of training, of the first forward pass
         self._named: set[tuple[str, str, str]] = set()  # products that a warning has named
         self._is_checked = False  # whether sites of the backward pass were looked for
+        self._call: FrameType | None = None  # Python's frame of the forward pass that is noted
+        self._hook: Any = None  # at the end of that pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_call": None, "_hook": None}
 
     def start(self) -> None:
         """The model is another one from now on."""
@@ -42,30 +50,41 @@ class Listening:
         sites: list[str],
         lines: tuple[Line, ...],
         done: Callable[[Notes, bool], None],
-        during: ExitStack,
-    ) -> None:
+        during: AbstractContextManager[None],
+    ) -> bool:
         """Notes the forward pass that begins. At its end, products that are not rounded are named in a warning.
 
         SettingError there for a site or a line that there was nothing for. done: called with the notes before, and with
-        whether it is the first pass of all. sites: those that round something. during: closed at the end of the pass.
+        whether it is the first pass of all. sites: those that round something. during: entered until the pass ends.
+        False for a pass inside of another first pass, or beside it, which is not noted.
         """
-        training, is_first = model.training, len(self.modes) == 2
+        call = torch_private.module_call()
+        if self._call is not None:
+            if torch_private.is_running_in_a_thread(self._call):  # this pass is inside of that one, or beside it
+                return False
+            self._hook.remove()  # that one was interrupted, as by Ctrl-C, and no hook was told
+        self._call = call
+        training, is_first = model.training and torch.is_grad_enabled(), len(self.modes) == 2
         notes = self._run.notes = self.notes[training] = Notes()
+        stack = ExitStack()
+        stack.enter_context(during)
 
         def end(model: nn.Module, arguments: Any, output: Any) -> None:
-            self._run.notes = None
-            hook.remove()
-            during.close()
+            if call is not None and torch_private.module_call() is not call:
+                return  # another pass, inside of this one or in another thread
+            self._run.notes = self._call = None
+            self._hook.remove()
+            stack.close()
             reach.warn(place for place in notes.unreached if place not in self._named)
             self._named.update(notes.unreached)
-            if output is None:  # an error: what comes behind it was not heard
+            if output is None and sys.exc_info()[0] is not None:  # an error: what comes behind it was not heard
                 del self.notes[training]
                 return
             done(notes, is_first)
             reach.check(sites, lines, notes, _FORWARD)
             self.modes.discard(training)
 
-        hook = model.register_forward_hook(end, always_call=True)
+        self._hook = model.register_forward_hook(end, always_call=True)
 
     def check_backward(self, sites: Callable[[], list[str]], lines: tuple[Line, ...]) -> None:
         """SettingError, before an optimizer's step, for what there was nothing for in the first training pass."""

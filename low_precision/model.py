@@ -8,7 +8,7 @@ state_dict.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -358,7 +358,8 @@ class LowPrecision:
 
     def _before_model(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         """The model's forward pre-hook. torch.compile traces it, and so knows that nothing can listen there."""
-        self._begin(model, arguments, model.training in self.listening.modes, torch.compiler.is_compiling())
+        training = model.training and torch.is_grad_enabled()
+        self._begin(model, arguments, training in self.listening.modes, torch.compiler.is_compiling())
 
     @untraced
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], listen: bool, compiled: bool) -> None:
@@ -372,10 +373,10 @@ class LowPrecision:
             self._weights.settle(training=model.training and torch.is_grad_enabled())
         if listen and not compiled:
             is_framed = any(module is model for module in self._framed)
-            with_frames = ExitStack()
-            with_frames.enter_context(self._framed_everywhere())
-            self.listening.first_pass(model, self._flowing_sites(), self.scheme.lines, self._show_calls, with_frames)
-            if not is_framed and self._root_frame:  # its hook came too late for this pass
+            noted = self.listening.first_pass(
+                model, self._flowing_sites(), self.scheme.lines, self._show_calls, self._framed_everywhere()
+            )
+            if noted and not is_framed and self._root_frame:  # its hook came too late for this pass
                 self._root_frame.begin(model, arguments)
         elif listen:
             self.listening.give_up()

@@ -315,8 +315,11 @@ def is_fake(x: Tensor) -> bool:
 def memory_of(x: Tensor) -> int | None:
     """A number for the memory that a tensor and its views share; None where torch does not tell."""
     try:
+        functorch = torch._C._functorch
+        while functorch.is_functorch_wrapped_tensor(x):  # in vmap or grad: what it is of
+            x = functorch.get_unwrapped(x)
         return int(x.untyped_storage()._cdata)
-    except (AttributeError, NotImplementedError, RuntimeError):  # of a transform, sparse, nested
+    except (AttributeError, NotImplementedError, RuntimeError):  # sparse, nested
         return None
 
 
@@ -379,4 +382,15 @@ def is_running(call: FrameType) -> bool:
         if frame is call:
             return True
         frame = frame.f_back
+    return False
+
+
+def is_running_in_a_thread(call: FrameType) -> bool:
+    """Whether any thread is inside that call."""
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame is call:
+                return True
+            frame = frame.f_back
     return False
