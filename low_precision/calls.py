@@ -75,11 +75,14 @@ class ModelRun:
         """Whether a tensor is a parameter or a view of one. module: that reads it; a replica has its own ones."""
         if isinstance(x, nn.Parameter):
             return True
-        if self._addresses is None:
-            addresses = map(torch_private.memory_of, self._model.parameters())
-            self._addresses = {address for address in addresses if address is not None}
+        addresses = self._addresses  # another thread may forget them meanwhile
+        if addresses is None:
+            addresses = {
+                address for p in self._model.parameters() if (address := torch_private.memory_of(p)) is not None
+            }
+            self._addresses = addresses
         address = torch_private.memory_of(x)
-        if address in self._addresses:
+        if address in addresses:
             return True
         if address is None or not torch_private.is_replica(module):
             return False
@@ -229,6 +232,8 @@ class Call:
         tensor = self._another(self.name)
         value, error = self._quantizer("activations", tensor), self._quantizer("errors", f"{tensor}.output")
         rounded = self._flow(y, value, error, dim)
+        if value is None and rounded is not y:
+            return rounded.clone()  # in-place functions are refused on Round's view
         return rounded if infinite is None or rounded is y else self._with_infinities(y, infinite.isinf(), rounded)
 
     def elementwise(self, y: Tensor, part: str = "", infinite: Tensor | None = None) -> Tensor:

@@ -80,7 +80,10 @@ def _in_place_flag(function: Callable[..., Any]) -> int | None:
     """Which argument of a function in Python is called `inplace`."""
     if not inspect.isfunction(function):
         return None
-    names = list(inspect.signature(function).parameters)
+    try:
+        names = list(inspect.signature(function).parameters)
+    except ValueError:  # of a wrapped one, as `x **= 2` is, torch does not tell
+        return None
     return names.index("inplace") if "inplace" in names else None
 
 

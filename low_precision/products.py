@@ -34,7 +34,7 @@ from torch import Tensor
 from low_precision.formats import BlockFormat
 from low_precision.scheme import Quantizer
 from low_precision.tensor import Round
-from low_precision.torch_private import untraced
+from low_precision.torch_private import transforms_are_active, untraced
 
 
 class Reading(NamedTuple):
@@ -225,7 +225,9 @@ class Product(torch.autograd.Function):
         of_a, of_b = form.readings_forward(a, b)
         read = _read(operands.forward_a, a, of_a, 0), _read(operands.forward_b, b, of_b, 0)
         with in_float32(a.device):
-            return form.forward(*read, bias)
+            y = form.forward(*read, bias)
+        # .data, or in a transform a copy: einsum's result is a view, on which autograd refuses in-place functions.
+        return y.clone() if transforms_are_active() else y.data
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -124,8 +124,9 @@ class ModuleHooks:
         give_back()
         _drop_interrupted()
         _thread.frames.append(Frame(self.rounding, module, time, replica, torch_private.module_call()))
-        if len(_thread.frames) == 1:
+        if len(_thread.frames) == 1 or _thread.frames[-2].rounding.run is not self.rounding.run:
             self.rounding.run.begin()
+        if len(_thread.frames) == 1:
             _activate()
         _look()
 
