@@ -36,6 +36,8 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention: query (..., L, E), key (..., S, E), value (..., S, V)."""
+    if is_causal and attn_mask is not None:  # torch's own error
+        return call.native(query, key, value, attn_mask, dropout_p, is_causal)  # type: ignore[no-any-return]
     query, key, value = (call.inputs(x) for x in (query, key, value))
     if not call.is_retold:
         settings = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}

@@ -82,9 +82,17 @@ def parsed(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str]:
     for term, n in zip(terms, hidden, strict=True):
         if n < 0 or (n and "..." not in term):
             raise ValueError(equation)
-        written.append(term.replace("...", dots[longest - n :]))
+        written.append(term.replace("...", dots[longest - n :], 1))
+    result = right.replace("...", dots, 1)
+    if not all(letter in string.ascii_letters for letter in "".join([*written, result])):
+        raise ValueError(equation)
+    if len(set(result)) < len(result) or not set(result) <= set("".join(written)):
+        raise ValueError(equation)
+    for term, x in zip(written, operands, strict=True):
+        if len(set(zip(term, x.shape, strict=True))) > len(set(term)):  # a diagonal of what is no square
+            raise ValueError(equation)
     if arrow:
-        return written, right.replace("...", dots)
+        return written, result
     counts = Counter("".join(terms).replace(".", ""))
     return written, dots + "".join(sorted(letter for letter, n in counts.items() if n == 1))
 

@@ -26,6 +26,8 @@ class Row(NamedTuple):
 
 
 def _linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.ndim == 1 and bias is None:  # of one output, whose dimension torch leaves out
+        return call.product(input, weight.unsqueeze(0), None, Linear()).squeeze(-1)
     return call.product(input, weight, bias, Linear())
 
 
@@ -110,6 +112,17 @@ def _matmul(call: Call, input: Tensor, other: Tensor, *, out: Tensor | None = No
     return _written(out, call.activations(_product(call, a, b)))
 
 
+def _strict(compute: Callable[..., Tensor], first: int, second: int) -> Callable[..., Tensor]:
+    """The same for tensors of so many dimensions alone; others are torch's own error."""
+
+    def strict(call: Call, input: Tensor, other: Tensor, **named: Any) -> Tensor:
+        if (input.ndim, other.ndim) != (first, second) or (first == 3 and len(input) != len(other)):
+            return call.native(input, other, **named)  # type: ignore[no-any-return]
+        return compute(call, input, other, **named)
+
+    return strict
+
+
 def _matmul_reflected(call: Call, self: Tensor, other: Tensor) -> Tensor:
     return _matmul(call, other, self)
 
@@ -142,6 +155,8 @@ def _inner(call: Call, input: Tensor, other: Tensor, *, out: Tensor | None = Non
 
 
 def _vecdot(call: Call, x: Tensor, y: Tensor, *, dim: int = -1, out: Tensor | None = None) -> Tensor:
+    if x.is_complex() or y.is_complex():  # torch takes the conjugate of x; nothing of complex numbers is rounded
+        return call.native(x, y, dim=dim, out=out)  # type: ignore[no-any-return]
     a, b = torch.broadcast_tensors(call.inputs(x), call.inputs(y))  # type: ignore[no-untyped-call]
     names = letters(a.ndim)
     place = dim % a.ndim
@@ -162,6 +177,9 @@ def _tensordot(
     of_a, of_b = list(letters(a.ndim)), list(letters(b.ndim, 26))
     for d, e in zip(summed_a, summed_b, strict=True):
         of_b[e] = of_a[d]
+        if x.shape[d] != y.shape[e]:  # one of them is 1, and broadcast: the sum is the other's alone, as in torch
+            x = x.sum(d, keepdim=True) if y.shape[e] == 1 else x
+            y = y.sum(e, keepdim=True) if x.shape[d] == 1 else y
     result = [letter for letter in of_a if letter not in of_b] + [letter for letter in of_b if letter not in of_a]
     multiply = lambda p, q: torch.tensordot(p, q, (summed_a, summed_b))  # noqa: E731
     form = Contraction("".join(of_a), "".join(of_b), "".join(result), multiply)
@@ -231,7 +249,7 @@ def _adding(multiply: Callable[[Call, Tensor, Tensor], Tensor]) -> Callable[...,
         y = y if alpha == 1 else alpha * y
         if beta != 0:
             added = input if beta == 1 else beta * input
-            y = call.activations(added + y, infinite=added)
+            y = call.activations((added + y).to(y.dtype), infinite=added)  # under autocast, of its type
         else:
             y = call.activations(y)
         return _written(out, y)
@@ -342,8 +360,13 @@ for _n in (1, 2, 3):
     _add(f"conv_transpose{_n}d", _transposed(_n), F, torch)
 _add("bilinear", _bilinear, F, torch)
 _add("matmul", _matmul, torch, Tensor)
-for _name, _other in {"mm": "mat2", "bmm": "mat2", "mv": "vec", "dot": "tensor"}.items():
-    _add(_name, _named(_matmul, **{_other: "other"}), torch, Tensor)
+for _name, _other, _dims in (
+    ("mm", "mat2", (2, 2)),
+    ("bmm", "mat2", (3, 3)),
+    ("mv", "vec", (2, 1)),
+    ("dot", "tensor", (1, 1)),
+):
+    _add(_name, _named(_strict(_matmul, *_dims), **{_other: "other"}), torch, Tensor)
 _add("matmul", _matmul, torch.linalg)
 _add("matmul", _matmul, Tensor, spelled="__matmul__")
 _add("matmul", _matmul_reflected, Tensor, spelled="__rmatmul__")
