@@ -225,9 +225,11 @@ class Call:
 
         infinite: an operand that was added; its infinities, as a mask has them, stay.
         """
+        if not y.is_floating_point():
+            return y
         if self._notes is not None:
             self._notes.result(self.frame.caller, self.name, "activations")
-        if self.is_layers or not y.is_floating_point():
+        if self.is_layers:
             return y
         tensor = self._another(self.name)
         value, error = self._quantizer("activations", tensor), self._quantizer("errors", f"{tensor}.output")
@@ -296,11 +298,13 @@ class Call:
             passes = self._next_pass(full_name)
         second_is_weight = isinstance(form, Linear | Convolution) or self.is_weight(b)
         first_is_weight = self.is_weight(a)
-        if self._notes is not None:
+        is_real = a.is_floating_point() and b.is_floating_point()
+        if self._notes is not None and (is_real or a.is_complex()):  # complex numbers are not rounded
             roles = [_role(first_is_weight), _role(second_is_weight)]
-            stored = [self.stored_site(a, 0), self.stored_site(b, 1)]
-            self._notes.product(self.frame.caller, full_name, roles, stored, [a.requires_grad, b.requires_grad])
-        if not (self._rounding.has_operands and a.is_floating_point() and b.is_floating_point()):
+            stored = [self.stored_site(a, 0), self.stored_site(b, 1)] if is_real else [None, None]
+            needs = [a.requires_grad, b.requires_grad]
+            self._notes.product(self.frame.caller, full_name, roles, stored, needs, is_kernel=not is_real)
+        if not (self._rounding.has_operands and is_real):
             return form.forward(a, b, bias)
         autocast = torch.get_autocast_dtype(a.device.type) if torch.is_autocast_enabled(a.device.type) else None
         if autocast:  # the product is computed in float32, and its result is of autocast's type

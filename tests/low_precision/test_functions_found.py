@@ -331,3 +331,18 @@ def test_print_does_not_say_elementwise_of_a_layer_that_has_none():
     model(normal(4, 8))
     assert "elementwise" not in repr(model[0])
     assert "elementwise" in repr(model[1])
+
+
+COUNTED = {
+    "complex": lambda x, w: torch.matmul(torch.complex(x, x), torch.complex(w, w)).abs(),
+    "whole numbers": lambda x, w: torch.einsum("ij,jk->ik", (9 * x).int(), (9 * w).int()).float(),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_coverage_says_no_rule_of_what_is_no_real_number(name):
+    model = nn.Sequential(nn.Linear(8, 8), Weighted(COUNTED[name]))
+    lp.quantize_model(model, products="float8", activations="float8")(normal(8, 8))
+    rows = [row for row in lp.coverage(model).rows if row.module == "1" and row.tensor != "elementwise"]
+    assert all(row.rule == "not rounded" for row in rows)
+    assert bool(rows) == (name == "complex")
