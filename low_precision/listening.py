@@ -85,6 +85,7 @@ class Listening:
             self.modes.discard(training)
 
         self._hook = model.register_forward_hook(end, always_call=True)
+        return True
 
     def check_backward(self, sites: Callable[[], list[str]], lines: tuple[Line, ...]) -> None:
         """SettingError, before an optimizer's step, for what there was nothing for in the first training pass."""
