@@ -40,11 +40,6 @@ class ModuleRounding:
         self.is_plain_layer = is_layer and is_torchs and not self.has_operands  # hooks do all that there is to do
         self._quantizers: dict[tuple[str, str], Quantizer | None] = {}
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether nothing of what the layer calls has to be seen."""
-        return self.is_plain_layer and not self.has_elementwise and self.run.notes is None
-
     def _has(self, sites: tuple[str, ...]) -> bool:
         return any(self.scheme.quantizer(site, "", self.clock) for site in sites)
 

@@ -131,7 +131,7 @@ class LayerRounding(nn.Module):
         if frame is not None:
             frame.own_passes = time.calls[self.name, self.training, replica]
         private_error = self.input_errors is not None and self._has_private_error(layer)
-        if frame is None or frame.rounding.is_quiet:  # hooks do all that there is to do
+        if frame is None:  # hooks do all that there is to do
             lend()
         with hidden() if is_seen() else nullcontext():
             x = self._round(x, self.inputs, self.input_errors, time, replica, private_error=private_error)

@@ -29,7 +29,6 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.sees_all = False  # functions without products too
-        self.sees_nothing = False  # one of torch's layers runs, and hooks do all that there is to do
 
     def __torch_function__(
         self,
@@ -38,7 +37,7 @@ class FunctionMode(TorchFunctionMode):
         arguments: tuple[Any, ...] = (),
         named: dict[str, Any] | None = None,
     ) -> Any:
-        if self.sees_all or (function in FUNCTIONS and not self.sees_nothing):
+        if self.sees_all or function in FUNCTIONS:
             return _call(function, arguments, named or {})
         return function(*arguments, **(named or {}))
 
@@ -191,9 +190,8 @@ def _look() -> None:
     frames, mode = _thread.frames, _thread.mode
     rounding = frames[-1].rounding if frames else None
     sees_all = rounding is not None and (rounding.has_elementwise or rounding.run.notes is not None)
-    sees_nothing = rounding is not None and rounding.is_quiet
-    if (mode.sees_all, mode.sees_nothing) != (sees_all, sees_nothing):
-        mode.sees_all, mode.sees_nothing = sees_all, sees_nothing
+    if mode.sees_all != sees_all:
+        mode.sees_all = sees_all
 
 
 class hidden:

@@ -18,6 +18,7 @@ from low_precision.model import LowPrecision
 from low_precision.rounding import Rounding
 from low_precision.rules import ALL_SITES, Rule
 from low_precision.scheme import Scheme
+from low_precision.tensor import quantize
 from low_precision.wrap import quantize_model, quantize_optimizer
 
 FLOAT8, FLOAT16 = NAMED["float8"], NAMED["float16"]
@@ -180,3 +181,31 @@ OPTIMIZERS = {
     "adam, fused": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, fused=True),
     "adagrad, fused": lambda p: torch.optim.Adagrad(p, 0.01, fused=True),
 }
+
+
+def two_layers(scale: float | str = 1024.0, seed: int = 1, errors: str | None = "float8_e4m3fn", make=None):
+    """A model and its optimizer with a loss scale."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    quantize_model(model, errors=errors, seed=1)
+    optimizer = (make or (lambda p: torch.optim.SGD(p, 0.1)))(model.parameters())
+    return model, quantize_optimizer(optimizer, model, loss_scale=scale)
+
+
+def _along(x: Tensor, fmt: str, dim: int) -> Tensor:
+    return quantize(x.detach(), fmt, dim=dim)
+
+
+class ReadRounded(torch.autograd.Function):
+    """a b of matrices whose three products read rounded operands, written by hand."""
+
+    @staticmethod
+    def forward(ctx, a, b, fmt):
+        ctx.save_for_backward(a, b)
+        ctx.fmt = fmt
+        return _along(a, fmt, -1) @ _along(b, fmt, -2)
+
+    @staticmethod
+    def backward(ctx, e):
+        (a, b), fmt = ctx.saved_tensors, ctx.fmt
+        return _along(e, fmt, -1) @ _along(b, fmt, -1).mT, _along(a, fmt, -2).mT @ _along(e, fmt, -2), None

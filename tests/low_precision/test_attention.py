@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_helpers import equal_bits, holds
+from training_helpers import ReadRounded, equal_bits, holds
 
 import low_precision as lp
 from low_precision.formats import format_named
@@ -81,29 +81,14 @@ def q(x, fmt, dim=-1):
     return lp.quantize(x.detach(), fmt, dim=dim)
 
 
-class Read(torch.autograd.Function):
-    """a b of matrices whose three products read rounded operands, written by hand."""
-
-    @staticmethod
-    def forward(ctx, a, b, fmt):
-        ctx.save_for_backward(a, b)
-        ctx.fmt = fmt
-        return q(a, fmt) @ q(b, fmt, -2)
-
-    @staticmethod
-    def backward(ctx, e):
-        (a, b), fmt = ctx.saved_tensors, ctx.fmt
-        return q(e, fmt) @ q(b, fmt, -1).mT, q(a, fmt, -2).mT @ q(e, fmt, -2), None
-
-
 @pytest.mark.parametrize("fmt", ["float8", "mxfp4", "nvfp4"])
 def test_by_its_formulas(fmt):
     """Groups of numbers that share a scale run along features, along keys and along queries."""
     leaves = [x.clone().requires_grad_() for x in operands()]
     query, key, value = leaves
-    scores = Read.apply(query, key.mT, fmt) * (1 / math.sqrt(FEATURES))
+    scores = ReadRounded.apply(query, key.mT, fmt) * (1 / math.sqrt(FEATURES))
     weights = scores.masked_fill(~CAUSAL, -math.inf).softmax(-1)
-    expected = Read.apply(weights, value, fmt)
+    expected = ReadRounded.apply(weights, value, fmt)
     expected.sin().sum().backward()
     y, *gradients = results(lp.quantize_model(Attention(is_causal=True), products=fmt), operands())
     assert equal_bits([y, *gradients], [expected, *(x.grad for x in leaves)])

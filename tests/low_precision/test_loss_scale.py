@@ -21,6 +21,7 @@ from training_helpers import (
     rules,
     set_gradients,
     train,
+    two_layers,
 )
 
 from low_precision.loss_scale import LossScale
@@ -167,15 +168,6 @@ def test_a_diverged_run_looks_diverged():
 
 SCALES = [1.0, 1024.0, "dynamic"]
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-
-
-def two_layers(scale: float | str = 1024.0, seed: int = 1, errors: str | None = "float8_e4m3fn", make=None):
-    """A model and its optimizer with a loss scale."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    quantize_model(model, errors=errors, seed=1)
-    optimizer = (make or (lambda p: torch.optim.SGD(p, 0.1)))(model.parameters())
-    return model, quantize_optimizer(optimizer, model, loss_scale=scale)
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
-from training_helpers import equal_bits, holds
+from training_helpers import ReadRounded, equal_bits, holds
 
 import low_precision as lp
 from low_precision.formats import format_named
@@ -104,25 +104,6 @@ def test_cells(kind, bias):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def q(x, fmt, dim=-1):
-    return lp.quantize(x.detach(), fmt, dim=dim)
-
-
-class _Read(torch.autograd.Function):
-    """x W^T whose three products read rounded operands, written by hand."""
-
-    @staticmethod
-    def forward(ctx, x, w, fmt):
-        ctx.save_for_backward(x, w)
-        ctx.fmt = fmt
-        return q(x, fmt) @ q(w, fmt).t()
-
-    @staticmethod
-    def backward(ctx, e):
-        (x, w), fmt = ctx.saved_tensors, ctx.fmt
-        return q(e, fmt) @ q(w, fmt, 0), q(e, fmt, 0).t() @ q(x, fmt, 0), None
-
-
 @pytest.mark.parametrize("fmt", ["float8", "mxfp4", "nvfp4"])
 def test_an_lstm_by_its_formulas(fmt):
     """All steps of x in one product, each step of h in one; torch's gates i, f, g, o."""
@@ -130,11 +111,11 @@ def test_an_lstm_by_its_formulas(fmt):
     layer = nn.LSTM(40, 36, bias=False)
     x = torch.randn(4, 3, 40)
     w_ih, w_hh = (p.detach().clone().requires_grad_() for p in layer.parameters())
-    of_x = _Read.apply(x.flatten(0, 1), w_ih, fmt).view(4, 3, -1)
+    of_x = ReadRounded.apply(x.flatten(0, 1), w_ih.t(), fmt).view(4, 3, -1)
     h = c = torch.zeros(3, 36)
     outputs = []
     for step in of_x:
-        i, f, g, o = (step + _Read.apply(h, w_hh, fmt)).chunk(4, -1)
+        i, f, g, o = (step + ReadRounded.apply(h, w_hh.t(), fmt)).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         outputs.append(h)

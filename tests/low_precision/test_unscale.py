@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
-from training_helpers import equal, parameters
+from training_helpers import equal, parameters, two_layers
 
 from low_precision.wrap import quantize_model, quantize_optimizer
 
@@ -17,15 +17,6 @@ SCALES = [1.0, 1024.0, "dynamic"]
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 FORGOTTEN, PARTLY = r"step: the gradients come from a loss that was not scaled", r"step: the gradient of .* in part"
 AFTER_UNSCALE, UNSCALED = r"step: a backward pass came after loss_scale\.unscale", r"unscale: it was called already"
-
-
-def two_layers(scale: float | str = 1024.0, seed: int = 1, errors: str | None = "float8_e4m3fn", make=None):
-    """A model and its optimizer with a loss scale."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    quantize_model(model, errors=errors, seed=1)
-    optimizer = (make or (lambda p: torch.optim.SGD(p, 0.1)))(model.parameters())
-    return model, quantize_optimizer(optimizer, model, loss_scale=scale)
 
 
 def two_optimizers(*scales: float | str) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
