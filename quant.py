@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from low_precision import by_layer, quantize, quantize_model, quantize_optimizer
 from low_precision.clock import BatchPart
 from low_precision.errors import SettingError, shown
-from low_precision.formats import BlockFormat
+from low_precision.formats import BlockFormat, Format
 from low_precision.loss_scale import LossScale
 from low_precision.model import LowPrecision
 from low_precision.rounding import Overflow, Rounding, is_random
@@ -66,7 +66,16 @@ def round_run(
     module: only the model knows its names.
     """
     lines = config.lines()
-    scheme = Scheme(config.rules(), config.noise_seed, Overflow(config.overflow), config.backend, lines=lines)
+    scheme = Scheme(
+        config.rules(),
+        config.noise_seed,
+        Overflow(config.overflow),
+        config.backend,
+        lines=lines,
+        transforms=config.transforms(),
+        weights_only=config.recipe is not None,
+        smallest_state=config.smallest_state,
+    )
     patterns = by_layer.patterns_of(config.layers)
     try:
         by_layer.check_patterns(model, patterns)
@@ -86,7 +95,8 @@ def table(spec: str, numbers: Sequence[float], key: int = 0) -> str:
     SettingError for an unknown name.
     """
     rule = rule_of(spec)
-    x = torch.tensor(list(numbers), dtype=torch.float64).float()
+    x = torch.tensor(list(numbers), dtype=torch.float64)
+    x = x.float() if not isinstance(rule.format, Format) or rule.format.fits_float32 else x
     rounded = quantize(x, rule.format, rule.rounding, key)
     below, above = (quantize(x, rule.format, mode) for mode in (Rounding.DOWN, Rounding.UP))
     head = ["number", "rounded", "below", "above", "relative error"]

@@ -30,10 +30,11 @@ from lab.fingerprint import fingerprint
 from lab.record import CHECKPOINTS, REPLACING, summary_of, unfinished
 from low_precision.errors import nearest, shown
 from settings.config import Config, ConfigError, flag, refused
-from settings.flags import TABLES, flags_of, parser
+from settings.flags import REPEATABLE, TABLES, flags_of, parser
 from settings.recipes import with_recipe
 
-LISTS = ("quantize", "layers", "site")  # whose values have commas themselves: there, a semicolon is between two values
+# Whose values have commas themselves: there, a semicolon is between two values.
+LISTS = ("quantize", "layers", "site", "transform")
 CLUSTERS = ("ray",)
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -77,7 +78,7 @@ def _values(name: str, value: str | list[str]) -> list[Any]:
     """Several values of a flag: "1,2,3", "0:100" (0 to 99) or "0:100:10" for whole numbers, ";" between lists."""
     if name in LISTS:
         texts = [text for part in ([value] if isinstance(value, str) else value) for text in part.split(";")]
-        return [tuple(text.split(",")) if name == "site" and text else text or () for text in texts]
+        return [tuple(text.split(",")) if name in REPEATABLE and text else text or () for text in texts]
     values: list[Any] = []
     for text in value.split(","):
         if match := re.fullmatch(r"(\d+):(\d+)(?::([1-9]\d*))?", text):

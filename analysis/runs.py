@@ -22,9 +22,10 @@ from typing import Any
 from lab.record import REPLACING, status, write_whole
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
-from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, is_there
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, effective, in_order, is_there, site_line
 from settings.config import INDECISIVE, Config, flag
 from settings.flags import config_of, flags_of
+from settings.recipes import RECIPES
 
 COLUMNS = ("flags", "seed", "rounding_seed", "status", "seconds", "epoch")  # of a CSV file; the metrics follow
 NOT_IN_FLAGS = ("seed", "rounding_seed", *INDECISIVE)  # the seeds have columns, the others decide no result
@@ -85,7 +86,8 @@ class Setting:
     @property
     def rounds(self) -> bool:
         """Whether anything is rounded."""
-        return bool(self.rules) or any(is_there(line.site, line.rule) for line in self.lines)
+        some = self.rules or self.config.transforms() or any(is_there(line.site, line.rule) for line in self.lines)
+        return bool(some)
 
     def values(self, metric: str, epoch: int | None = None) -> list[float]:
         """Those of its runs, where there is one."""
@@ -258,10 +260,10 @@ def _order(config: Config) -> tuple:
     training = tuple(_sortable(getattr(config.resolved(), name)) for name in TRAINING_FIELDS)
     rounding = Rounding.STOCHASTIC if isinstance(base.rounding, FewBits) else base.rounding
     main = -bits_of(base.format), _sortable(base.format.name), list(Rounding).index(rounding), _sortable(base.rounding)
-    number = len(_others(rules)) + len(config.lines())
+    number = len(_others(rules)) + len(config.lines()) + len(config.transforms())
     return (
         training,
-        bool(rules or config.lines()),
+        bool(rules or config.lines() or config.transforms()),
         main,
         number,
         _sortable(rounded(config)),
@@ -323,10 +325,22 @@ def _rounded_by_layer(config: Config) -> list[str]:
             groups.append((pattern, [line.site], line.rule))
     texts = [f"{pattern}/{','.join(sites)} {_rule_name(rule)}" for pattern, sites, rule in groups]
     layers = config.layers if config.rules() or texts else None
-    return texts + ([f"in {','.join(layers)}"] if layers else [])
+    texts += [f"in {','.join(layers)}"] if layers else []
+    return texts + _transformed(config)
+
+
+def _transformed(config: Config) -> list[str]:
+    """The transforms of the products, those in which a recipe is not its own."""
+    row = RECIPES.get(config.recipe or "")
+    theirs = dict(row.transforms) if row else {}
+    ours = {product: str(transform) for product, transform in config.transforms().items()}
+    texts = [f"{text} of {product}" for product, text in ours.items() if text != theirs.get(product)]
+    return texts + [f"no transform of {product}" for product in theirs if product not in ours]
 
 
 def _rounded_everywhere(config: Config) -> str:
+    if config.recipe:
+        return _rounded_by_recipe(config, config.recipe)
     rules = config.rules()
     if not rules:
         return FLOAT32.name
@@ -350,13 +364,25 @@ def _rounded_everywhere(config: Config) -> str:
     return "; ".join(words)
 
 
+def _rounded_by_recipe(config: Config, recipe: str) -> str:
+    """The recipe, and where the rules are not its own: "nvfp4; wgrad.errors nvfp4 nearest"."""
+    row = RECIPES.get(recipe)  # None of a row that a user had
+    lines = [site_line(f"{site}={text}") for site, text in row.rules.items()] if row else []
+    theirs, rules = effective({line.site: line.rule for line in lines}), config.rules()
+    by_rule: dict[Rule, list[str]] = {}
+    for site in in_order({*rules, *theirs}):
+        if rules.get(site) != theirs.get(site):
+            by_rule.setdefault(rules.get(site, UNROUNDED), []).append(site)
+    return "; ".join([recipe, *(f"{', '.join(sites)} {_rule_name(rule)}" for rule, sites in by_rule.items())])
+
+
 def _others(rules: dict[str, Rule]) -> dict[str, Rule]:
     """The sites that are not as `main_rule` says: those with another rule or none, and those that are there besides."""
     if not rules:
         return {}
     base = main_rule(rules)
     sites = [site for site in ALL_SITES if rules.get(site) != base] + [site for site in rules if site not in ALL_SITES]
-    return {site: UNROUNDED if site not in rules or rules[site].format == FLOAT32 else rules[site] for site in sites}
+    return {site: rules[site] if site in rules and is_there(site, rules[site]) else UNROUNDED for site in sites}
 
 
 def _rule_name(rule: Rule) -> str:

@@ -22,9 +22,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from low_precision.formats import BlockFormat, format_named
+from low_precision.formats import format_named
 from low_precision.tensor import quantize
 
+# One of each kind: what numbers are, and how they find the scale that they share.
+KINDS = (
+    *("float8", "float8_e4m3fn", "bfloat16", "fixed8.4", "int8", "binary8p3se", "binary8p4ue", "nf4", "posit8_table"),
+    *("mxfp8_e4m3", "mxfp4", "mxint8", "bfp8", "bfp8_row", "bfp8_column", "float8_e4m3fn@32@e8m0_rceil"),
+    *("float8_e4m3fn@tensor", "float8_e4m3fn@row", "float8_e4m3fn@row@pow2", "float8_e4m3fn@128"),
+    *("float8_e4m3fn@128x128", "int8@32x32", "float8_e4m3fn@flat256", "nvfp4", "float4_e2m1fn@16x16@float8_e4m3fn"),
+    *("float4_e2m1fn@32@headroom", "float4_e2m1fn@32@quest", "dynamic8@flat256", "float8_e4m3fn@flat128@expand"),
+)
 SIZES = (10_000_000, 100_000, 1_000)
 SECONDS = 0.1  # of one method in one round, at least
 
@@ -73,18 +81,18 @@ def measure(methods: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 def table(title: str, times: dict[str, list[float]], n: int) -> None:
     print(f"\n{title}")
-    print(f"  {'':28} {'M elements/s':>12} {'quartiles':>17} {'us a call':>10} {'of clone':>9}")
+    print(f"  {'':48} {'M elements/s':>12} {'quartiles':>17} {'us a call':>10} {'of clone':>9}")
     for name, found in times.items():
         low, middle, high = (n / seconds / 1e6 for seconds in statistics.quantiles(found, n=4)[::-1])
         ratio = statistics.median(c / t for c, t in zip(times["clone"], found, strict=True))
-        print(f"  {name:28} {middle:12.0f} {low:8.0f} {high:8.0f} {statistics.median(found) * 1e6:10.1f} {ratio:9.3f}")
+        print(f"  {name:48} {middle:12.0f} {low:8.0f} {high:8.0f} {statistics.median(found) * 1e6:10.1f} {ratio:9.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--format", default="float8")
-    parser.add_argument("--others", default="", help="comma-separated formats to compare at the largest size")
+    parser.add_argument("--others", default="", help="comma-separated formats to compare, or all: one of each kind")
     parser.add_argument("--threads", default="", help="comma-separated; default: 1 and all")
     parser.add_argument("--no-peers", action="store_true", help="only clone and our engines")
     given = parser.parse_args()
@@ -105,11 +113,11 @@ def main() -> None:
                 times = measure(methods, given.rounds)
                 table(f"{given.format}, {rounding}, {n:,} elements, {count} threads", times, n)
         if given.others:
-            x = torch.randn(SIZES[0] // 32, 32, generator=torch.Generator().manual_seed(0))
+            x = torch.randn(SIZES[0] // 1024, 1024, generator=torch.Generator().manual_seed(0))
             methods = {"clone": x.clone}
-            for name in given.others.split(","):
+            for name in KINDS if given.others == "all" else given.others.split(","):
                 for rounding in ("nearest", "stochastic"):
-                    label = f"{name} {rounding}" + (" (blocks)" if isinstance(format_named(name), BlockFormat) else "")
+                    label = f"{name} {rounding}"
                     methods[label] = lambda f=name, x=x, r=rounding: quantize(x, f, r, 7, backend="fused")
             table(
                 f"other formats, fused, {x.numel():,} elements, {count} threads",

@@ -7,9 +7,10 @@ OLD_CHECKOUT and with the code of the checkout in which this script lies, by the
 The script prints a line for each configuration, and its exit status is 1 unless all of these agree:
 
 - the name of the record's folder, and the bytes of metrics.jsonl and config.json;
-- what summary.json holds, except the seconds, the command, the environment, and keys that only the new code writes;
+- what summary.json holds, except the seconds, the command, the environment, the code's fingerprint, and keys that only
+  the new code writes;
 - everything in checkpoint.pt (weights, optimizer with accumulator and compensation, loss scale, schedule, average,
-  random streams), except the seconds, the command, wandb's id, and what only the new code saves (`ADDED`). Tensors
+  random streams), except the same, wandb's id, and what only the new code saves (`ADDED`). Tensors
   agree if type, shape and bits do: -0.0 is not 0.0, and a NaN equals a NaN with the same bits. A run that fails counts
   as a difference, even if it fails with both.
 
@@ -47,6 +48,7 @@ import torch
 NEW = Path(__file__).resolve().parent.parent
 # What a checkpoint of the new code has besides, by the beginning of its place.
 ADDED = ("code", "first_loss", "second_moments.", "optimizer.low_precision.seed", "optimizer.low_precision.rules")
+ADDED += tuple(f"optimizer.low_precision.{name}" for name in ("rounded_by", "checksums", "delayed", "smallest_state"))
 SHOWN = 3  # names of what differs on a line
 EVERYWHERE = "--dataset boston --epochs 3 --batch-size 64 --device cpu --wandb disabled"  # a configuration's flags win
 MLP = "--model mlp --learning-rate 0.01 --momentum 0.9"
@@ -258,7 +260,7 @@ def compare(name: str, old: Side, new: Side) -> tuple[bool, int, int, str]:
     if name in RESUMED and not summaries[1]["resumed"]:
         others.append("the new code began anew")
     summaries[1] = {key: value for key, value in summaries[1].items() if key in summaries[0]}
-    may_differ = {"seconds", "command", "wandb_id", "environment", *(["resumed"] if name in RESUMED else [])}
+    may_differ = {"seconds", "command", "wandb_id", "environment", "code", *(["resumed"] if name in RESUMED else [])}
     for value in (*states, *summaries):
         for key in may_differ & value.keys():
             del value[key]

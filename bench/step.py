@@ -2,10 +2,10 @@
 
 For each model, steps in float32 (the same plain PyTorch loop, without any of this project's hooks, and with train.py's
 layout), then all that train.py does in a float32 step (images cropped and flipped from bytes, metrics), then steps with
-every site rounded, and with the operands of all products, take turns; printed are medians of ms a step, quartiles, the
-ratio to float32 in the same round, and the most memory that a process of its own with such steps had (read from Linux's
-/proc). Random data of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20 128 x 3 x 32 x 32
-(channels_last), transformer 16 x 64 tokens (4 layers of width 128, 4 heads, causal).
+every site rounded, with the operands of all products, and with three recipes, take turns; printed are medians of ms a
+step, quartiles, the ratio to float32 in the same round, and the most memory that a process of its own with such steps
+had (read from Linux's /proc). Random data of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20
+128 x 3 x 32 x 32 (channels_last), transformer 16 x 64 tokens (4 layers of width 128, 4 heads, causal).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from low_precision.model import LowPrecision
 from low_precision.rounding import Rounding
 from low_precision.rules import ALL_SITES, OPERANDS, rule_of
 from low_precision.scheme import Scheme
+from low_precision.wrap import quantize_model, quantize_optimizer
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
 TOKENS, WIDTH, SYMBOLS = (16, 64), 128, 64  # of the transformer
@@ -46,6 +47,7 @@ SETTINGS = {
     "products float8": dict.fromkeys(OPERANDS, rule_of("float8")),
     "products mxfp8_e4m3": dict.fromkeys(OPERANDS, rule_of("mxfp8_e4m3")),
     "products mxfp8_e4m3 stochastic": dict.fromkeys(OPERANDS, rule_of("mxfp8_e4m3:stochastic")),
+    **{f"recipe {recipe}": recipe for recipe in ("te-current", "mxfp8", "nvfp4")},
 }
 
 
@@ -74,11 +76,13 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Embedding(SYMBOLS, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SYMBOLS))
 
 
-def stepper(name: str, rules: dict | None, backend: str) -> Callable[[], None]:
-    """A function that does one training step."""
+def stepper(name: str, rules: dict | str | None, backend: str) -> Callable[[], None]:
+    """A function that does one training step. rules: by site, or a recipe's name; None: no hooks at all."""
     model, x, y = training(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    if rules is not None:
+    if isinstance(rules, str):
+        quantize_optimizer(optimizer, quantize_model(model, recipe=rules, seed=1, backend=backend))
+    elif rules is not None:
         LowPrecision(model, Scheme(rules, seed=1, backend=backend)).attach(optimizer)
     loss_of = F.cross_entropy if y.dtype == torch.int64 else F.mse_loss
 

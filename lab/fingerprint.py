@@ -30,6 +30,7 @@ SCRIPTS = ("data.py", "models.py", "quant.py", "train.py")
 SURROUNDING = {
     "lab": ("checkpoint", "console", "fingerprint", "interrupt", "record", "remarks", "resume", "session", "wandb_run"),
     "settings": ("flags", "kinds", "recipes"),
+    "low_precision": ("recipe", "recipes"),
 }
 UNKNOWN = "unknown"  # in the place of the fingerprint of a version that recorded none
 LENGTH = 16  # hex digits of a fingerprint
@@ -47,7 +48,7 @@ def fingerprint_of(root: Path, library: Path, cache_file: Path | None = None) ->
     cache = _Cache(cache_file)
     files = _files(root, library)
     digests: dict[str, str] = {}
-    followed = {"low_precision", *SURROUNDING, "sources", *(name.removesuffix(".py") for name in SCRIPTS)}
+    followed = {*SURROUNDING, "sources", *(name.removesuffix(".py") for name in SCRIPTS)}
     while files:
         name, path = files.popitem()
         facts = cache.of(path)
@@ -63,11 +64,11 @@ def fingerprint_of(root: Path, library: Path, cache_file: Path | None = None) ->
 
 def _files(root: Path, library: Path) -> dict[str, Path]:
     """The files that decide a result, by the names that they have in a checkout."""
-    files = {f"low_precision/{path.relative_to(library).as_posix()}": path for path in _visible(library, "*.py")}
-    files |= {path.relative_to(root).as_posix(): path for path in _visible(root / "sources", "*")}
+    files = {path.relative_to(root).as_posix(): path for path in _visible(root / "sources", "*")}
     for folder, surrounding in SURROUNDING.items():
-        paths = [path for path in _visible(root / folder, "*.py") if path.stem not in surrounding]
-        files |= {path.relative_to(root).as_posix(): path for path in paths}
+        place = library if folder == "low_precision" else root / folder
+        paths = [path for path in _visible(place, "*.py") if path.stem not in surrounding]
+        files |= {f"{folder}/{path.relative_to(place).as_posix()}": path for path in paths}
     return files | {name: root / name for name in SCRIPTS}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from low_precision import CollageAdamW
 from settings.config import Config
 
 Schedule = torch.optim.lr_scheduler.LRScheduler
@@ -18,8 +19,8 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return lean(torch.optim.SGD)(model.parameters(), momentum=config.momentum, **settings)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return lean(kind)(model.parameters(), **settings)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "collage": CollageAdamW}
+    return lean(kinds[config.optimizer])(model.parameters(), **settings)
 
 
 def schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Schedule | None:

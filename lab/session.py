@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -154,7 +154,7 @@ class Session:
         """The run's record; where it is resumed, with the state taken to where its last checkpoint was."""
         config = self.state.config
         if not self._resume:
-            return Record(config.output_dir, config.folder_name, asdict(config)) if self._first else NoRecord()
+            return Record(config.output_dir, config.folder_name, config.as_dict()) if self._first else NoRecord()
         folder = self._resume
         last = self._processes.from_first(lambda: checkpoint.latest(folder))
         if last:
@@ -162,7 +162,7 @@ class Session:
         if not self._first:
             return NoRecord()
         file = (last.name, last.raw) if last else None
-        record = Record.resume(folder, asdict(config), self.state.history, file)
+        record = Record.resume(folder, config.as_dict(), self.state.history, file)
         if last is None:
             say(f"resuming {folder}: no checkpoint yet, from the start")
             return record
@@ -179,7 +179,7 @@ class Session:
         state = self.state
         config = state.config if self._first else replace(state.config, wandb="disabled")
         where = (config.wandb, config.wandb_project, config.wandb_entity)
-        wandb = Wandb(*where, config.name, config.group, asdict(config), config.output_dir, state.wandb_id)
+        wandb = Wandb(*where, config.name, config.group, config.as_dict(), config.output_dir, state.wandb_id)
         state.wandb_id = wandb.id or state.wandb_id
         for metrics in state.history:
             wandb.log(wandb_keys(metrics), step=int(metrics["epoch"] or 0))
@@ -210,6 +210,8 @@ class Session:
         summary["rules"] = {site: str(rule) for site, rule in state.config.rules().items()}
         if lines := state.config.lines():
             summary["lines"] = [str(line) for line in lines]
+        if transforms := state.config.transforms():
+            summary["transform"] = {product: str(transform) for product, transform in transforms.items()}
         if status in REPLACING:
             summary |= remarks.measured(state)
             if said := remarks.sentences(state.config, summary):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class State:
         pending = self.losses.pending
         return {
             "version": VERSION,
-            "config": asdict(self.config),
+            "config": self.config.as_dict(),
             "command": self.command,
             "code": self.code,
             "epoch": self.epoch,

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from low_precision.collage import CollageAdamW as CollageAdamW
     from low_precision.errors import SettingError as SettingError
     from low_precision.formats import BlockFormat as BlockFormat
     from low_precision.formats import Format as Format
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from low_precision.model import LowPrecision as LowPrecision
     from low_precision.noise import Key as Key
     from low_precision.noted import Coverage as Coverage
+    from low_precision.recipe import Recipe as Recipe
+    from low_precision.recipes import RECIPES as RECIPES
     from low_precision.rounding import FewBits as FewBits
     from low_precision.rounding import Overflow as Overflow
     from low_precision.rounding import Rounding as Rounding
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
     from low_precision.rules import Line as Line
     from low_precision.rules import Rule as Rule
     from low_precision.rules import rule_of as rule_of
+    from low_precision.scales import Scaling as Scaling
     from low_precision.scheme import Scheme as Scheme
+    from low_precision.tables import Table as Table
     from low_precision.tensor import quantize as quantize
     from low_precision.wrap import Quantize as Quantize
     from low_precision.wrap import coverage as coverage
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockFormat": "formats",
+    "CollageAdamW": "collage",
     "Coverage": "noted",
     "FewBits": "rounding",
     "Format": "formats",
@@ -56,11 +62,15 @@ _HOMES = {
     "OPERANDS": "rules",
     "Overflow": "rounding",
     "Quantize": "wrap",
+    "RECIPES": "recipes",
+    "Recipe": "recipe",
     "Rounding": "rounding",
     "Rule": "rules",
     "SITES": "rules",
+    "Scaling": "scales",
     "Scheme": "scheme",
     "SettingError": "errors",
+    "Table": "tables",
     "coverage": "wrap",
     "format_named": "formats",
     "plain_copy": "wrap",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from low_precision import torch_private
 from low_precision.calls import Call
-from low_precision.products import Matmul
+from low_precision.forms import Matmul
 
 SCORES, VALUES = "scores", "values"
 _REPEATED = ("bmm", "baddbmm")  # by which torch.nn.functional.multi_head_attention_forward multiplies for its weights
@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:  # torch's own error
         return call.native(query, key, value, attn_mask, dropout_p, is_causal)  # type: ignore[no-any-return]
     query, key, value = (call.inputs(x) for x in (query, key, value))
-    if not call.is_retold:
+    if not call.is_retold(query, key, value):
         settings = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         y = call.native(query, key, value, **settings, enable_gqa=enable_gqa)
         call.note_kernel(SCORES, ["inputs", "inputs"], query, key)

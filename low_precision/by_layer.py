@@ -13,7 +13,7 @@ from torch import nn
 from low_precision.errors import SettingError, nearest, shown, wrong_type
 from low_precision.formats import FLOAT32
 from low_precision.rounding import AnyRounding, Rounding
-from low_precision.rules import ADDED_SITES, EVERY, Line, Rule, Spec, covers, rule_of
+from low_precision.rules import ADDED_SITES, EVERY, Line, Rule, Spec, covers, rule_at
 from low_precision.torch_private import parameters_of
 
 Sites = Mapping[str, Spec | None]  # what somebody may write for the rules of some modules, by site
@@ -53,7 +53,7 @@ def lines_of(layers: ByLayer, rounding: AnyRounding | str = Rounding.NEAREST) ->
                 allowed = "a rule, or None for all sites of the pattern together"
                 raise SettingError(f"layers: {shown(pattern)}/{site}", "None", allowed)
             try:
-                lines.append(Line(pattern, site, _ALONE if spec is None else rule_of(spec, rounding)))
+                lines.append(Line(pattern, site, _ALONE if spec is None else rule_at(site, spec, rounding)))
             except SettingError as error:
                 name = f"layers: {shown(pattern)}/{shown(site)}: {error.setting}"
                 raise SettingError(name, error.value, error.allowed, error.nearest, error.note) from None

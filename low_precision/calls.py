@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from low_precision import loss_scale, torch_private
+from low_precision import torch_private
 from low_precision.clock import Clock, Time
 from low_precision.flow import Place, place_of, round_flowing
 from low_precision.formats import BlockFormat
+from low_precision.forms import Convolution, Form, Linear
 from low_precision.noted import Caller, Notes
-from low_precision.products import Convolution, Form, Linear, Operands, Product, Reading, Rounds, round_operand
+from low_precision.operands import ProductCall, role
+from low_precision.products import Product
 from low_precision.rounding import Overflow
-from low_precision.rules import AROUND_LAYERS, ELEMENTWISE, OPERANDS
+from low_precision.rules import AROUND_LAYERS, ELEMENTWISE, OPERANDS, Reference
 from low_precision.scheme import Quantizer, Scheme
 
 # The functions that layers of torch multiply by.
@@ -34,7 +36,8 @@ class ModuleRounding:
         is_torchs: whether the layer is of one of torch's own types, which call one function.
         """
         self.scheme, self.name, self.clock, self.run, self.is_layer = scheme, name, clock, run, is_layer
-        self.has_operands = self._has(OPERANDS)
+        references = (isinstance(scheme.rules.get(site), Reference) for site in OPERANDS)
+        self.has_operands = self._has(OPERANDS) or any(references) or bool(scheme.transforms)
         self.has_elementwise = self._has((ELEMENTWISE,))
         self.has_products = self.has_operands or self._has(AROUND_LAYERS)
         self.is_plain_layer = is_layer and is_torchs and not self.has_operands  # hooks do all that there is to do
@@ -103,7 +106,8 @@ class Frame:
 
     @property
     def caller(self) -> Caller:
-        return Caller(self.rounding.name, type(self.module).__name__, self.rounding.scheme.rules)
+        scheme = self.rounding.scheme
+        return Caller(self.rounding.name, type(self.module).__name__, scheme.rules, scheme.transforms)
 
     def copy(self) -> Frame:
         """For a recomputation: the module calls the same functions again from here on."""
@@ -144,7 +148,8 @@ class Call:
             stored = [None if x is None else self.stored_site(x, n) for n, x in enumerate(factors)]
             needs = [x is not None and x.requires_grad for x in factors]
             full_name = self.name if self.is_layers else f"{self._rounding.name}:{name}"
-            self._notes.product(self.frame.caller, full_name, roles, stored, needs, is_kernel=True)
+            is_left = self._rounding.has_operands  # the rules are there, and not for a product of two inputs
+            self._notes.product(self.frame.caller, full_name, roles, stored, needs, is_kernel=True, is_left=is_left)
 
     def note_unreached(self) -> None:
         """Nothing of this call is rounded, though its module has rules."""
@@ -161,7 +166,7 @@ class Call:
         """The whole call, of a module where nothing of it is rounded."""
         factors = [x for x in arguments if isinstance(x, Tensor)][:2]
         if len(factors) == 2:
-            self.note_kernel(self.function, [_role(self.is_weight(x)) for x in factors], *factors)
+            self.note_kernel(self.function, [role(self.is_weight(x)) for x in factors], *factors)
         if self.is_layers and self._notes is not None:
             self._notes.result(self.frame.caller, self.name, "activations")
 
@@ -175,10 +180,13 @@ class Call:
         """Whether anything of the call is rounded."""
         return self._rounding.has_products or self._rounding.has_elementwise
 
-    @property
-    def is_retold(self) -> bool:
-        """Whether something is rounded inside of what torch computes in one kernel."""
-        return self._rounding.has_operands or self._rounding.has_elementwise
+    def is_retold(self, *factors: Tensor) -> bool:
+        """Whether something is rounded inside of what torch computes in one kernel of these factors."""
+        return self._rounding.has_elementwise or self._rounds_product(any(self.is_weight(x) for x in factors))
+
+    def _rounds_product(self, has_weight: bool) -> bool:
+        """Whether operands are rounded of a product that has a weight, or of one that has none."""
+        return self._rounding.has_operands and (has_weight or not self._rounding.scheme.weights_only)
 
     def _next_pass(self, name: str) -> int:
         """How many passes through what has that name there were since the last step, with this one."""
@@ -294,70 +302,62 @@ class Call:
         second_is_weight = isinstance(form, Linear | Convolution) or self.is_weight(b)
         first_is_weight = self.is_weight(a)
         is_real = a.is_floating_point() and b.is_floating_point()
+        is_rounded = is_real and self._rounds_product(first_is_weight or second_is_weight)
         if self._notes is not None and (is_real or a.is_complex()):  # complex numbers are not rounded
-            roles = [_role(first_is_weight), _role(second_is_weight)]
+            roles = [role(first_is_weight), role(second_is_weight)]
             stored = [self.stored_site(a, 0), self.stored_site(b, 1)] if is_real else [None, None]
             needs = [a.requires_grad, b.requires_grad]
-            self._notes.product(self.frame.caller, full_name, roles, stored, needs, is_kernel=not is_real)
-        if not (self._rounding.has_operands and is_real):
+            is_left = is_real and self._rounding.has_operands and not is_rounded  # no operand of a recipe's
+            self._notes.product(self.frame.caller, full_name, roles, stored, needs, not is_real, is_left)
+        if not is_rounded:
             return form.forward(a, b, bias)
-        autocast = torch.get_autocast_dtype(a.device.type) if torch.is_autocast_enabled(a.device.type) else None
-        if autocast:  # the product is computed in float32, and its result is of autocast's type
+        dtype = _type_of_result(a, b, bias)
+        if dtype is None:
+            return form.forward(a, b, bias)  # torch's own error
+        if dtype in _HALVES:  # the product is computed in float32, and its result is of that type
             a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
-        factors = a, b
-        operands, passes_back = self._operands(full_name, passes, factors, (first_is_weight, second_is_weight))
-        y: Tensor = Product.apply(a, b, bias, form, operands, passes_back)  # type: ignore[no-untyped-call]
-        return y.to(autocast) if autocast else y
+        added, restore = None, None
+        if self._rounding.scheme.transforms:
+            if not isinstance(form, Linear | Convolution):  # a bias is added to a result of that shape
+                bias, added = None, bias
+            form, a, b, restore = form.as_matrices(a, b)
+        product = self._product_call(full_name, passes, (a, b), (first_is_weight, second_is_weight))
+        passes_back = product.backward_passes(full_name)
+        y: Tensor = Product.apply(a, b, bias, form, product.operands(), passes_back)  # type: ignore[no-untyped-call]
+        y = restore(y) if restore else y
+        return (y if added is None else y + added).to(dtype)
 
-    def _operands(
+    def _product_call(
         self, name: str, passes: int, factors: tuple[Tensor, Tensor], are_weights: tuple[bool, bool]
-    ) -> tuple[Operands, Iterator[int]]:
-        """What rounds the operands of one product, and a count of its backward passes."""
-        time = self.frame.time
-        call = self._place_of(factors[0], passes).call
+    ) -> ProductCall:
         # Both factors of one kind have noise of their own; those of a layer have the layer's name alone.
         tensors = (name, name) if self.is_layers else (f"{name}[0]", f"{name}[1]")
-
-        def rounds(site: str, factor: int, is_error: bool = False) -> Rounds | None:
-            quantizer = self._quantizer(site, tensors[factor])
-            if quantizer is None:
-                return None
-            part, first_row = time.part, 0
-            if self.frame.training and part.rows_before and not site.endswith(".weights"):
-                # An error has the rows of the batch, whichever gradient it makes.
-                rows = factors[are_weights[0]] if is_error else factors[factor]
-                first_row = part.first_row(len(rows)) if rows.ndim else 0
-            return _rounds(quantizer, call, time.step, first_row, is_error)
-
-        first, second = map(_role, are_weights)
-        # On the way back the error meets the other factor.
-        of_a, of_b = ("dgrad" if weight else "wgrad" for weight in reversed(are_weights))
-        operands = Operands(
-            rounds(f"forward.{first}", 0),
-            rounds(f"forward.{second}", 1),
-            rounds(f"{of_a}.errors", 0, is_error=True),
-            rounds(f"{of_a}.{second}", 1),
-            rounds(f"{of_b}.errors", 1, is_error=True),
-            rounds(f"{of_b}.{first}", 0),
+        place = self._place_of(factors[0], passes)
+        return ProductCall(
+            self._rounding.scheme,
+            self._quantizer,
+            self._rounding.clock.seed,
+            self.frame.time,
+            place.call,
+            tensors,
+            factors,
+            are_weights,
+            self.frame.training,
+            place.notes,
         )
-        return operands, time.backward_passes(("products", name, call))
 
 
-def _role(is_weight: bool) -> str:
-    return "weights" if is_weight else "inputs"
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _type_of_result(a: Tensor, b: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The type of the result of torch's own product; None where torch refuses factors of several types."""
+    if torch.is_autocast_enabled(a.device.type):
+        return torch.get_autocast_dtype(a.device.type)
+    is_one = b.dtype == a.dtype and (bias is None or bias.dtype == a.dtype)
+    return a.dtype if is_one else None
 
 
 def _numbered(module: str, function: str, number: int) -> str:
     """The full name of a function that a module calls: the later ones of one call of the module have numbers."""
     return f"{module}:{function}.{number}" if number else f"{module}:{function}"
-
-
-def _rounds(quantizer: Quantizer, call: int, step: int, first_row: int, is_error: bool) -> Rounds:
-    """products.round_operand for one operand of one product. is_error: whether a dynamic loss scale looks at it."""
-
-    def rounds(operand: Tensor, reading: Reading, turn: int) -> Tensor:
-        poison = loss_scale.note_error(quantizer, operand) if is_error else None
-        rounded = round_operand(quantizer, operand, reading, call, step, first_row, turn)
-        return rounded if poison is None else rounded.masked_fill(poison, float("nan"))
-
-    return rounds

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from low_precision.delayed import DelayedScales
 from low_precision.torch_private import process_rank, wrap_checkpointing
 
 
@@ -65,6 +66,7 @@ class Clock(Time):
 
     seed: int = 0  # of all its noise
     writes: int = 0  # weights taken over from outside since the last step
+    delayed: DelayedScales = field(default_factory=DelayedScales)  # the model's, which move at steps too
 
     def __post_init__(self) -> None:
         with _all_clocks:

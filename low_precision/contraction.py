@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from low_precision.products import Reading
+from low_precision.forms import Form, Matmul, Reading
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,26 @@ class Contraction:
 
     def readings_b(self, error: Tensor, a: Tensor) -> tuple[Reading, Reading]:
         return self._readings(self.y, self.a, self.b)
+
+    def as_matrices(self, a: Tensor, b: Tensor) -> tuple[Form, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """matmul of matrices whose rows, columns and sums are each one dimension."""
+        batch = [letter for letter in self.a if letter in self.b and letter in self.y]
+        summed = [letter for letter in self.a if letter in self.b and letter not in self.y]
+        rows = [letter for letter in self.a if letter not in self.b]
+        columns = [letter for letter in self.b if letter not in self.a]
+        sizes = dict(zip(self.a + self.b, (*a.shape, *b.shape), strict=True))
+        count = {name: math.prod(sizes[letter] for letter in name) for name in map(tuple, (rows, columns, summed))}
+        matrices = [math.prod(sizes[letter] for letter in batch)] if batch else []
+
+        def matrix(x: Tensor, names: str, *order: list[str]) -> Tensor:
+            moved = x.permute([names.index(letter) for letter in (*batch, *order[0], *order[1])])
+            return moved.reshape(*matrices, *(count[tuple(part)] for part in order))
+
+        def result(y: Tensor) -> Tensor:
+            order = [*batch, *rows, *columns]
+            return y.reshape([sizes[letter] for letter in order]).permute([order.index(letter) for letter in self.y])
+
+        return Matmul(len(matrices)), matrix(a, self.a, rows, summed), matrix(b, self.b, summed, columns), result
 
     @staticmethod
     def _readings(first: str, second: str, result: str) -> tuple[Reading, Reading]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from low_precision import loss_scale, torch_private
@@ -21,6 +22,7 @@ class Place(NamedTuple):
     step: int
     dim: int
     first_row: int
+    notes: bool = True  # whether delayed scales learn of the tensor: in a training pass
 
 
 def place_of(x: Tensor, time: Time, passes: int, training: bool, replica: int, dim: int) -> Place:
@@ -29,7 +31,7 @@ def place_of(x: Tensor, time: Time, passes: int, training: bool, replica: int, d
     # noise.
     call = 2 * (passes - 1) + training + (replica << 32) + (time.rank << 48)
     first_row = time.part.first_row(len(x)) if training and time.part.rows_before else 0
-    return Place(call, time.step, dim, first_row)
+    return Place(call, time.step, dim, first_row, training and torch.is_grad_enabled())
 
 
 def round_flowing(
@@ -45,7 +47,8 @@ def round_flowing(
 
     private_value, private_error: nobody else sees the tensor, or the gradient, which is then rounded in place.
     """
-    call, step, dim, first_row = place
+    call, step, dim, first_row, notes = place
+    value, error = value and value.noting(notes), error and error.noting(notes)
     round_value = partial(value, call=call, step=step, dim=dim, first_row=first_row) if value else None
     round_error = None
     if error and x.requires_grad:
@@ -65,7 +68,9 @@ def _round_error(
 ) -> Tensor:
     poison = loss_scale.note_error(error, gradient)
     out = gradient if private and not gradient.requires_grad else None
-    rounded = error(gradient, **place._asdict(), out=out, backward_pass=next(backward_passes))
+    call, step, dim, first_row, _ = place
+    turn = next(backward_passes)
+    rounded = error(gradient, call, step, dim, out=out, first_row=first_row, backward_pass=turn)
     return rounded if poison is None else rounded.masked_fill(poison, float("nan"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from low_precision import p3109
 from low_precision.errors import nearest
 
 # In small letters, and without what is no letter or digit. None: nothing here is alike.
@@ -43,6 +44,8 @@ def nearest_format(name: str, known: Iterable[str]) -> str | None:
         is_any = 2 <= int(match[2]) <= 8 and int(match[3]) <= 23 and match[3] == str(int(match[3]))
         if is_plain and is_any and letters not in ELSEWHERE:
             return letters  # eXmY, which is any other width
+    if standard := p3109.elsewhere(letters):
+        return standard
     if letters in ELSEWHERE:
         return ELSEWHERE[letters]
     by_letters = {_letters(one): one for one in known}

@@ -1,4 +1,4 @@
-"""What a number format is, and the table of formats. No torch here: `main.py --help` loads this file.
+"""The table of formats, and those whose numbers share a scale. No torch here: `main.py --help` loads this file.
 
 A format is frozen data; an engine (engines/) does the rounding. A new format is one row of `NAMED`.
 
@@ -9,141 +9,83 @@ which have one spacing), and formats whose numbers share a scale block by block 
 from __future__ import annotations
 
 import functools
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from low_precision.errors import SettingError, nearest, shown, wrong_type
+from low_precision import p3109, tables
+from low_precision.errors import SettingError, shown, wrong_type
 from low_precision.format_names import NOTES, nearest_format
-
-_LARGEST_FLOAT32 = 2.0**127 * (2 - 2.0**-23)
-_LONGEST_BLOCK = 2**24  # a shorter line of a tensor is filled up to a whole block: memory
-
-
-@dataclass(frozen=True)
-class Format:
-    """A binary floating-point format with subnormals, 1 sign bit, `exponent_bits` and `mantissa_bits`.
-
-    Its finite values are n * smallest_subnormal for whole n below 2**(mantissa_bits + 1), and
-    m * 2**(e - mantissa_bits) for whole m in [2**mantissa_bits, 2**(mantissa_bits + 1)), e >= 1 - bias, up to
-    `largest`; and their negatives. All of them are float32 values too: SettingError for a format with others.
-    A format of your own is one more Format. Its name is what is printed, so give it one that no other format has.
-    """
-
-    name: str
-    exponent_bits: int  # 1 .. 8; 0: fixed point
-    mantissa_bits: int  # 0 .. 23, the hidden bit not counted
-    bias: int  # -126 .. 127 - mantissa_bits, or 127, which is float32's
-    largest: float  # the largest finite value
-    has_infinity: bool
-    has_nan: bool
-    has_negative_zero: bool
-    source: str
-    twos_complement: bool = False  # whether one more negative value lies beyond -largest, as in fixed point
-
-    def __post_init__(self) -> None:
-        check = functools.partial(_check, "format", self)
-        check("name", "a text", _is_text)
-        check("exponent_bits", "a whole number, 0 .. 8", lambda bits: _is_whole(bits, 0, 8))
-        check("mantissa_bits", "a whole number, 0 .. 23", lambda bits: _is_whole(bits, 0, 23))
-        # A smaller spacing than 2**-126 is no normal number of float32; engines round to it by float32's own exponents.
-        most = 127 - self.mantissa_bits
-        allowed = f"a whole number, -126 .. {most}, or 127: all values are float32 numbers"
-        check("bias", allowed, lambda bias: _is_whole(bias, -126, most) or _is_whole(bias, 127, 127))
-        for name in ("has_infinity", "has_nan", "has_negative_zero", "twos_complement"):
-            check(name, "True, False", lambda value: isinstance(value, bool))
-        highest = 2.0 ** ((2**self.exponent_bits if self.exponent_bits else 2) - self.bias)  # what is beyond its bits
-        highest = min(highest * (1 - 2.0 ** -(self.mantissa_bits + 1)), _LARGEST_FLOAT32)
-        allowed = f"one of the format's values, {self.smallest_subnormal:.7g} .. {highest:.7g}"
-        check("largest", allowed, lambda largest: self._is_value(largest, highest))
-        allowed = "False, or one spacing for all values: largest below 2 * smallest_normal"
-        check("twos_complement", allowed, lambda there: not there or self._has_one_spacing())
-
-    def _is_value(self, number: Any, highest: float) -> bool:
-        """Whether it is one of the values above zero that the format has up to `highest`."""
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            return False
-        if not self.smallest_subnormal <= number <= highest:
-            return False
-        exponent = max(math.frexp(number)[1] - 1, 1 - self.bias)
-        spacings = math.ldexp(number, self.mantissa_bits - exponent)
-        return spacings == int(spacings)
-
-    def _has_one_spacing(self) -> bool:
-        return self.largest < 2 * self.smallest_normal and -self.lowest <= _LARGEST_FLOAT32
-
-    def __hash__(self) -> int:
-        return hash(self.name)  # a dataclass's own, of all fields, took a tenth of rounding a small tensor
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def lowest(self) -> float:
-        """The most negative finite value."""
-        return -self.largest - (self.smallest_subnormal if self.twos_complement else 0.0)
-
-    @property
-    def bits(self) -> str:
-        """Sign, exponent and mantissa bits, as in "1-5-2"; of fixed point, sign and all others."""
-        return f"1-{self.exponent_bits}-{self.mantissa_bits}" if self.exponent_bits else f"1-{self.mantissa_bits + 1}"
-
-    @property
-    def smallest_normal(self) -> float:
-        return 2.0 ** (1 - self.bias)
-
-    @property
-    def smallest_subnormal(self) -> float:
-        """The smallest value above zero, and the spacing of all values below 2 * smallest_normal."""
-        return 2.0 ** (1 - self.bias - self.mantissa_bits)
-
-    @property
-    def unit_roundoff(self) -> float:
-        """The largest relative error of rounding to nearest in the normal range (Higham 2002, 2.1)."""
-        return 2.0 ** -(self.mantissa_bits + 1)
+from low_precision.number_formats import (
+    LARGEST_FLOAT32,
+    check_field,
+    finite,
+    fixed,
+    ieee,
+    is_text,
+    of_p3109,
+)
+from low_precision.number_formats import Format as Format
+from low_precision.scales import (
+    DELAYED,
+    GROUP_NAMES,
+    LINES,
+    SCALE_NAMES,
+    SCALES,
+    TWO_LEVEL,
+    Scaling,
+    group_lines,
+    group_named,
+    group_sizes,
+    is_group,
+    scaling_named,
+)
+from low_precision.tables import Table as Table
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """Numbers of `element`, each times the scale of its block; the scale follows from the block's largest magnitude.
+    """Numbers of `element`, in groups that share a scale; the scale follows from the group's largest magnitude.
 
     name: what is printed; give a format of your own a name that no other format has.
-    element: the Format of a number that is divided by its scale, one that reaches 1 and has no twos_complement. Beyond
-    element.largest it saturates.
+    element: the Format or Table of a number once it is scaled, one that reaches 1, has no twos_complement, and whose
+    values are float32 numbers. Beyond element.largest it saturates.
     block: which numbers share a scale. A whole number, 1 .. 2**24: so many along a dimension, the last block of a line
-    shorter. "tensor": all. "row", "column": all with one index in the first, in the second dimension.
-    scale: how a scale is held.
-    - None, a power of two: 2**(floor(log2(amax)) - floor(log2(element.largest))), from 2**-127 to 2**127 (E8M0).
-    - a Format: amax / element.largest, rounded to nearest in `scale`, times a power of two for the whole tensor, the
-      smallest one for which no block's scale is beyond `scale.largest`.
+    shorter. "MxN": M of such lines, neighbours along the dimension before, by N along. "flatN": N of the tensor
+    flattened. "tensor": all. "row", "column": all with one index in the first, in the second dimension.
+    scale: how it is found: a Scaling; None for Scaling("e8m0"), a power of two; FLOAT32 for Scaling("float32"), amax /
+    element.largest; another Format for two levels, as NVFP4 has them: the group's is a number of that format, the
+    tensor's one of float32. blocks.py has the arithmetic.
     NaN does not count for amax and stays NaN; infinities count as the largest finite value of the tensor's type.
-    SettingError for anything else. OCP's FP8 with one float32 scale for each tensor, an input of its layer, is
+    SettingError for anything else. OCP's FP8 with one float32 scale for each tensor is
 
-        BlockFormat("scaled_e4m3", format_named("float8_e4m3fn"), "tensor", format_named("float32"), "")
+        BlockFormat("scaled_e4m3", format_named("float8_e4m3fn"), "tensor", FLOAT32, "")
     """
 
     name: str
-    element: Format
+    element: Format | Table
     block: int | str
-    scale: Format | None
+    scale: Scaling | Format | None
     source: str
     has_infinity: bool = False  # always: a scale reaches everything finite
 
     def __post_init__(self) -> None:
-        check = functools.partial(_check, "block format", self)
-        check("name", "a text", _is_text)
-        check("element", "a Format that reaches 1, without twos_complement", _is_element)
-        lines = ("tensor", "row", "column")
-        check(
-            "block",
-            f"{', '.join(lines)}, or a whole number, 1 .. {_LONGEST_BLOCK}",
-            lambda block: block in lines if isinstance(block, str) else _is_whole(block, 1, _LONGEST_BLOCK),
-            known=lines,
-        )
-        check("scale", "None, for a power of two, or a Format", lambda s: s is None or isinstance(s, Format))
+        check = functools.partial(check_field, "block format", self)
+        check("name", "a text", is_text)
+        allowed = "a Format or a Table of float32 numbers that reaches 1, without twos_complement"
+        check("element", allowed, _is_element)
+        check("block", GROUP_NAMES, is_group, known=LINES)
+        check("scale", "a Scaling, None for a power of two, or a Format", lambda s: s is None or _is_scale(s))
+        reach = "a Format whose largest value times the element's is a float32 number"
+        check("scale", reach, lambda _: self._largest_product() <= LARGEST_FLOAT32)
+        one_line = "another one than quest and expand, which take groups of one line"
+        check("scale", one_line, lambda _: self.scaling.kind not in ("quest", "expand") or group_lines(self.block) == 1)
+        if isinstance(self.element, Table):
+            check("scale", "one that asks for no digits of a Table", lambda _: self.scaling.kind != "e8m0_even")
         check("has_infinity", "False", lambda there: there is False)
+
+    def _largest_product(self) -> float:
+        return self.element.largest * (self.scale_format.largest if self.scale_format else 1.0)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -151,83 +93,78 @@ class BlockFormat:
     def __str__(self) -> str:
         return self.name
 
+    @functools.cached_property
+    def scaling(self) -> Scaling:
+        """How the scale is found, in one word for all that `scale` may be."""
+        if isinstance(self.scale, Scaling):
+            return self.scale
+        if self.scale is None:
+            return Scaling("e8m0")
+        return Scaling("float32") if self.scale == FLOAT32 else Scaling(TWO_LEVEL, self.scale)
+
+    @property
+    def scale_format(self) -> Format | None:
+        """With two levels, the format of a group's scale."""
+        element = self.scaling.element
+        assert element is None or isinstance(element, Format)
+        return element
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int] | None:
+        """How many lines a group has, and how many numbers of each; None where it is a row, a column or the tensor."""
+        return group_sizes(self.block)
+
+    @property
+    def is_flat(self) -> bool:
+        return isinstance(self.block, str) and self.block.startswith("flat")
+
     @property
     def bits(self) -> str:
         """Of an element, and how far its scale reaches."""
         return f"{self.element.bits} per {self.block}"
 
 
-def _check(
-    what: str, made: AnyFormat, field: str, allowed: str, is_right: Callable[[Any], bool], known: tuple[str, ...] = ()
-) -> None:
-    """SettingError where the field is not right. known: the words among what is allowed."""
-    value = getattr(made, field)
-    if not is_right(value):
-        near = nearest(value, known) if isinstance(value, str) else None
-        name = f" {shown(made.name)}" if _is_text(made.name) else ""
-        raise SettingError(f"{what}{name}: {field}", shown(value, repr), allowed, near)
+def _is_scale(value: Any) -> bool:
+    if isinstance(value, Scaling):
+        return value.kind in SCALES or value.history > 0 or isinstance(value.element, Format)
+    return isinstance(value, Format) and value.smallest_subnormal <= 1 <= value.largest
 
 
 def _is_element(value: Any) -> bool:
     """With scales from 2**-127 to 2**127, an element that reaches 1 reaches all of float32."""
-    return isinstance(value, Format) and value.smallest_subnormal <= 1 <= value.largest and not value.twos_complement
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _ieee(name: str, exponent_bits: int, mantissa_bits: int, source: str) -> Format:
-    """IEEE 754 conventions: the top exponent holds infinities and, where there is a mantissa, NaNs."""
-    bias = 2 ** (exponent_bits - 1) - 1
-    largest = 2.0**bias * (2 - 2.0**-mantissa_bits)
-    return Format(name, exponent_bits, mantissa_bits, bias, largest, True, mantissa_bits > 0, True, source)
-
-
-def _finite(name: str, exponent_bits: int, mantissa_bits: int, source: str) -> Format:
-    """No infinity and no NaN: the top exponent holds numbers."""
-    bias = 2 ** (exponent_bits - 1) - 1
-    largest = 2.0 ** (bias + 1) * (2 - 2.0**-mantissa_bits)
-    return Format(name, exponent_bits, mantissa_bits, bias, largest, False, False, True, source)
-
-
-def _fixed(word: int, fraction: int, *, symmetric: bool, name: str, source: str) -> Format:
-    """n * 2**-fraction for whole n of `word` bits in two's complement; symmetric: without the most negative one."""
-    bias = 3 - word + fraction
-    largest = (2 ** (word - 1) - 1) * 2.0**-fraction
-    return Format(name, 0, word - 2, bias, largest, False, False, False, source, twos_complement=not symmetric)
+    if isinstance(value, Table):
+        return value.largest >= 1
+    if not isinstance(value, Format) or value.twos_complement or not value.fits_float32:
+        return False
+    return value.smallest_subnormal <= 1 <= value.largest
 
 
 _OCP8 = "OCP 8-bit Floating Point Specification (OFP8) 1.0, table 1"
 _OCPMX = "OCP Microscaling Formats (MX) 1.0, section 5.3"
 _FNUZ = "Noune et al. 2022, arXiv:2206.02915; ml_dtypes"
 
-FLOAT32 = _ieee("float32", 8, 23, "IEEE 754-2019, table 3.5: no rounding at all, the baseline")
+FLOAT32 = ieee("float32", 8, 23, "IEEE 754-2019, table 3.5: no rounding at all, the baseline")
 
 NAMED: dict[str, Format] = {
     f.name: f
     for f in (
         FLOAT32,
-        _finite("float8", 5, 2, "qtorch.FloatingPoint(exp=5, man=2), arXiv:1910.04540"),
-        _finite("float16", 6, 9, "qtorch.FloatingPoint(exp=6, man=9), arXiv:1910.04540"),
-        _ieee("fp16", 5, 10, "IEEE 754-2019, table 3.5, binary16"),
-        _ieee("bfloat16", 8, 7, "Kalamkar et al. 2019, arXiv:1905.12322"),
-        _ieee("tf32", 8, 10, "NVIDIA A100 Tensor Core GPU Architecture, 2020"),
-        _ieee("float8_e5m2", 5, 2, _OCP8),
+        finite("float8", 5, 2, "qtorch.FloatingPoint(exp=5, man=2), arXiv:1910.04540"),
+        finite("float16", 6, 9, "qtorch.FloatingPoint(exp=6, man=9), arXiv:1910.04540"),
+        ieee("fp16", 5, 10, "IEEE 754-2019, table 3.5, binary16"),
+        ieee("bfloat16", 8, 7, "Kalamkar et al. 2019, arXiv:1905.12322"),
+        ieee("tf32", 8, 10, "NVIDIA A100 Tensor Core GPU Architecture, 2020"),
+        ieee("float8_e5m2", 5, 2, _OCP8),
         Format("float8_e4m3fn", 4, 3, 7, 448.0, False, True, True, _OCP8),
         Format("float8_e5m2fnuz", 5, 2, 16, 57344.0, False, True, False, _FNUZ),
         Format("float8_e4m3fnuz", 4, 3, 8, 240.0, False, True, False, _FNUZ),
-        _finite("float6_e3m2fn", 3, 2, _OCPMX),
-        _finite("float6_e2m3fn", 2, 3, _OCPMX),
-        _finite("float4_e2m1fn", 2, 1, _OCPMX),
+        finite("float6_e3m2fn", 3, 2, _OCPMX),
+        finite("float6_e2m3fn", 2, 3, _OCPMX),
+        finite("float4_e2m1fn", 2, 1, _OCPMX),
     )
 }
-_INT8 = _fixed(8, 6, symmetric=True, name="int8", source=f"{_OCPMX}, INT8")
-_NVFP4 = "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv:2509.25149; its tensor's scale a power of two"
+_INT8 = fixed(8, 6, symmetric=True, name="fixed8.6s", source=f"{_OCPMX}, INT8")
+_NVFP4 = "NVIDIA, Pretraining Large Language Models with NVFP4, arXiv:2509.25149, as TransformerEngine computes it"
 
 BLOCKS: dict[str, BlockFormat] = {
     b.name: b
@@ -243,28 +180,37 @@ BLOCKS: dict[str, BlockFormat] = {
 }
 ALIASES = {"half": "fp16"}
 _IEEE_LIKE = "eXmY (IEEE-like, 2<=X<=8, 0<=Y<=23; so e4m3 ends at 240: OCP's is float8_e4m3fn)"
-_ANY = f"{_IEEE_LIKE}, fixedW.F[s] (2<=W<=25, 0<=F<=126), bfpW[_row|_column] (2<=W<=24)"
+_GROUPED = "ELEMENT@GROUP[@SCALE]"
+_ANY = (
+    f"{_IEEE_LIKE}, {p3109.FORM} (IEEE P3109, 3<=K<=16), fixedW.F[s] (2<=W<=25, 0<=F<=126), intW (2<=W<=24),"
+    f" {tables.FILE}FILE, bfpW[_row|_column] (2<=W<=24), {_GROUPED} (as float8_e4m3fn@128x128@pow2)"
+)
 _NOT_IEEE = {"float16": "float16 (qtorch's 1-6-9; IEEE half is fp16)"}
-FORMAT_NAMES = f"{', '.join(_NOT_IEEE.get(name, name) for name in [*NAMED, *BLOCKS, *ALIASES])}, or {_ANY}"
+_NAMES = [_NOT_IEEE.get(name, name) for name in [*NAMED, *tables.NAMED, *BLOCKS, *ALIASES]]
+FORMAT_NAMES = f"{', '.join(_NAMES)}, or {_ANY}"
 
 
-AnyFormat = Format | BlockFormat
+AnyElement = Format | Table
+AnyFormat = Format | Table | BlockFormat
 
 
 def format_named(name: AnyFormat | str) -> AnyFormat:
-    """The format of that name: a row of `NAMED` or `BLOCKS`, an alias, or one of any width.
+    """The format of that name: a row of `NAMED`, `BLOCKS` or `tables.NAMED`, an alias, or one of any width.
 
-    eXmY: IEEE-like, of X and Y bits. fixedW.F: fixed point of W bits, F of them (or more than all) behind the point; s:
-    symmetric. bfpW: W bits and one exponent for the tensor, for each row (index of the first dimension) or for each
-    column (index of the second). A format stands for itself. SettingError, with the nearest known name, for any other
-    name, TypeError for another type.
+    eXmY: IEEE-like, of X and Y bits. binaryKpP{s,u}{e,f}: IEEE P3109's. fixedW.F: fixed point of W bits, F of them (or
+    more than all) behind the point; s: symmetric. intW: whole numbers of W bits, symmetric. table:FILE: the numbers in
+    a text file. bfpW: W bits and one exponent for the tensor, for each row (index of the first dimension) or for each
+    column (index of the second). ELEMENT@GROUP[@SCALE]: numbers of a format in groups that share a scale (float32
+    unless given); what has a name of its own comes with that one. A format stands for itself. SettingError, with the
+    nearest known name, for any other name, TypeError for another type.
     """
     if isinstance(name, str):
-        return _format_named(name)
-    if isinstance(name, Format | BlockFormat):
+        # What a file says may change, so a name with one in it is looked up each time.
+        return _format_named.__wrapped__(name) if name.startswith(tables.FILE) else _format_named(name)
+    if isinstance(name, Format | Table | BlockFormat):
         return name
     near = _nearest(name) if shown(name).startswith("torch.") else None
-    raise wrong_type("format", name, f"a Format, a BlockFormat, or a name: {FORMAT_NAMES}", near)
+    raise wrong_type("format", name, f"a Format, a Table, a BlockFormat, or a name: {FORMAT_NAMES}", near)
 
 
 @functools.cache
@@ -275,23 +221,76 @@ def _format_named(name: str) -> AnyFormat:
     number = "(0|[1-9][0-9]{0,2})"
     match = re.fullmatch(rf"e([2-8])m{number}", name)
     if match and int(match[2]) <= 23:
-        return _ieee(name, int(match[1]), int(match[2]), "IEEE 754-2019, 3.3, any other width")
+        return ieee(name, int(match[1]), int(match[2]), "IEEE 754-2019, 3.3, any other width")
     match = re.fullmatch(rf"fixed{number}\.{number}(s?)", name)
     if match and 2 <= int(match[1]) <= 25 and int(match[2]) <= 126:
         source = "qtorch.FixedPoint, arXiv:1910.04540; Gupta et al. 2015, arXiv:1502.02551"
-        return _fixed(int(match[1]), int(match[2]), symmetric=bool(match[3]), name=name, source=source)
+        return fixed(int(match[1]), int(match[2]), symmetric=bool(match[3]), name=name, source=source)
+    if (match := re.fullmatch(f"int{number}", name)) and 2 <= int(match[1]) <= 24:
+        source = "whole numbers, as many on either side of 0"
+        return fixed(int(match[1]), 0, symmetric=True, name=name, source=source)
+    if parts := p3109.parts_of(name):
+        return of_p3109(name, parts)
     match = re.fullmatch(rf"bfp{number}(_row|_column|)", name)
     if match and 2 <= int(match[1]) <= 24:
-        word = int(match[1])
-        source = "qtorch.BlockFloatingPoint, arXiv:1910.04540"
-        element = _fixed(word, word - 2, symmetric=True, name=f"fixed{word}.{word - 2}s", source=source)
-        return BlockFormat(name, element, match[2].removeprefix("_") or "tensor", None, source)
+        return _block_floating_point(int(match[1]), match[2].removeprefix("_") or "tensor")
+    if "@" not in name and (table := tables.named(name)):
+        return table
+    if "@" in name:
+        return _grouped_named(name)
     near = _nearest(name)
     raise SettingError("format", shown(name), FORMAT_NAMES, near, NOTES.get(near or "", ""))
 
 
+def _block_floating_point(word: int, block: str) -> BlockFormat:
+    source = "qtorch.BlockFloatingPoint, arXiv:1910.04540"
+    element = fixed(word, word - 2, symmetric=True, name=f"fixed{word}.{word - 2}s", source=source)
+    return BlockFormat(f"bfp{word}" + f"_{block}" * (block != "tensor"), element, block, None, source)
+
+
+def _grouped_named(name: str) -> BlockFormat:
+    """The format of a name ELEMENT@GROUP[@SCALE]; one that has a name of its own is that one."""
+    element_name, group, *scale = name.split("@")
+    if len(scale) > 1:
+        raise SettingError("format", shown(name), _GROUPED)
+    element = _element_named(element_name)
+    if not _is_element(element) or element == FLOAT32:
+        raise SettingError("format", shown(name), f"{_GROUPED}, ELEMENT a format below float32 that reaches 1")
+    block, scaling = group_named(group), scaling_named(scale[0] if scale else "float32", _scale_format_named)
+    if scaling.kind == DELAYED and block != "tensor":
+        raise SettingError("format", shown(name), f"{element}@tensor@{scaling}: a delayed scale is one for the tensor")
+    parts = (element.name, block, scaling)
+    if parts in (named := {(b.element.name, b.block, b.scaling): b for b in BLOCKS.values()}):
+        return named[parts]
+    word = element.mantissa_bits + 2 if isinstance(element, Format) else 0
+    if scaling.kind == "e8m0" and block in LINES and element.name == f"fixed{word}.{word - 2}s":
+        return _block_floating_point(word, str(block))
+    name = f"{element}@{block}" + f"@{scaling}" * (scaling.kind != "float32")
+    return BlockFormat(name, element, block, scaling, f"{element.source}; {SCALES.get(scaling.kind, scaling)}")
+
+
+def _element_named(name: str) -> Format | Table:
+    fmt = format_named(name)
+    if isinstance(fmt, BlockFormat):
+        raise SettingError("format", shown(name), f"a format without a scale of its own ({_GROUPED})")
+    return fmt
+
+
+def _scale_format_named(name: str) -> Format:
+    fmt = _element_named(name)
+    if not isinstance(fmt, Format):
+        raise SettingError("format", shown(name), f"a format that is no table ({_GROUPED})")
+    return fmt
+
+
+def digest_of_file(format: AnyFormat) -> str | None:
+    """Of the values that a format, or its element, has from a file: its name alone does not say which they are."""
+    element = format.element if isinstance(format, BlockFormat) else format
+    return element.digest if isinstance(element, Table) and element.name.startswith(tables.FILE) else None
+
+
 def _nearest(name: object) -> str | None:
-    return nearest_format(shown(name), [*NAMED, *BLOCKS, *ALIASES])
+    return nearest_format(shown(name), [*NAMED, *BLOCKS, *tables.NAMED, *ALIASES])
 
 
 def table() -> str:
@@ -312,9 +311,16 @@ def table() -> str:
         "eXmY            any other floating point, IEEE-like (inf nan -0), 2<=X<=8, 0<=Y<=23. So e4m3 ends at 240:",
         "                OCP's E4M3, which ends at 448, is float8_e4m3fn; e5m2 has the numbers of float8_e5m2",
         "fixedW.F        fixed point: W bits, F behind the point; fixedW.Fs: symmetric. 2<=W<=25, 0<=F<=126",
+        "intW            whole numbers of W bits, as many on either side of 0. 2<=W<=24",
+        f"{p3109.FORM}  IEEE P3109 of K bits, P of precision, signed or unsigned, extended (inf) or finite. 3<=K<=16",
+        *tables.listing(),
         "bfpW            block floating point: W bits, one exponent per tensor; bfpW_row, bfpW_column. 2<=W<=24",
     ]
+    lines.append(
+        f"{_GROUPED}: numbers of any format above in groups that share a scale, as float8_e4m3fn@128x128@pow2:"
+    )
+    lines += [f"  GROUP   {GROUP_NAMES}", f"  SCALE   {SCALE_NAMES} [default: float32]"]
     for b in BLOCKS.values():
-        scale = "a power of two" if b.scale is None else f"in {b.scale}, and a power of two per tensor"
+        scale = "a power of two" if b.scaling.is_power else f"in {b.scaling}, and one in float32 per tensor"
         lines.append(f"{b.name:14}  {b.element.name}, each block of {b.block} with a scale: {scale}")
     return "\n".join(lines)

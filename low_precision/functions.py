@@ -12,7 +12,7 @@ from torch import Tensor
 from low_precision import attention, recurrent, torch_private
 from low_precision.calls import Call
 from low_precision.contraction import Contraction, letters, parsed, simplified
-from low_precision.products import Convolution, Linear, Matmul
+from low_precision.forms import Convolution, Linear, Matmul
 
 
 class Row(NamedTuple):

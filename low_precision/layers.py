@@ -97,7 +97,7 @@ class LayerRounding(nn.Module):
         self.input_errors = scheme.quantizer("errors", f"{name}.input", clock)
         self.output_errors = scheme.quantizer("errors", f"{name}.output", clock)
         self.clock = clock
-        self._has_operands = has_operands
+        self._has_operands, self._transforms = has_operands, scheme.transforms if kind else {}
         self.not_called = False  # in the model's first forward pass: print(model) says so
 
     @property
@@ -112,7 +112,7 @@ class LayerRounding(nn.Module):
         return {site: rule for site, rule in reached.items() if site in around or site not in FLOWING}
 
     def extra_repr(self) -> str:
-        sites = ", ".join(f"{site}={rule}" for site, rule in self.shown().items())
+        sites = ", ".join(f"{site}={rule}" for site, rule in (*self.shown().items(), *self._transforms.items()))
         return f"{sites}; not called in the first pass" if self.not_called and self._is_layer else sites
 
     # Not traced by torch.compile, to which step and call are constants: it would compile anew for each of them.

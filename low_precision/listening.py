@@ -14,7 +14,8 @@ from torch import nn
 from low_precision import reach, torch_private
 from low_precision.calls import ModelRun
 from low_precision.noted import Notes
-from low_precision.rules import ELEMENTWISE, FLOWING, Line
+from low_precision.rules import ELEMENTWISE, FLOWING
+from low_precision.scheme import Scheme
 
 _FORWARD = ("inputs", "activations", ELEMENTWISE, "forward.inputs", "forward.weights")  # what a forward pass reaches
 
@@ -48,14 +49,15 @@ class Listening:
         self,
         model: nn.Module,
         sites: list[str],
-        lines: tuple[Line, ...],
+        scheme: Scheme,
         done: Callable[[Notes, bool], None],
         during: AbstractContextManager[None],
     ) -> bool:
         """Notes the forward pass that begins. At its end, products that are not rounded are named in a warning.
 
-        SettingError there for a site or a line that there was nothing for. done: called with the notes before, and with
-        whether it is the first pass of all. sites: those that round something. during: entered until the pass ends.
+        SettingError there for a site, a line or a transform that there was nothing for. done: called with the notes
+        before, and with whether it is the first pass of all. sites: those that round something. during: entered until
+        the pass ends.
         False for a pass inside of another first pass, or beside it, which is not noted.
         """
         call = torch_private.module_call()
@@ -81,16 +83,18 @@ class Listening:
                 del self.notes[training]
                 return
             done(notes, is_first)
-            reach.check(sites, lines, notes, _FORWARD)
+            reach.check(sites, scheme.lines, notes, _FORWARD, scheme.weights_only)
+            reach.check_transforms(scheme.transforms, notes, _FORWARD, scheme.weights_only)
             self.modes.discard(training)
 
         self._hook = model.register_forward_hook(end, always_call=True)
         return True
 
-    def check_backward(self, sites: Callable[[], list[str]], lines: tuple[Line, ...]) -> None:
+    def check_backward(self, sites: Callable[[], list[str]], scheme: Scheme) -> None:
         """SettingError, before an optimizer's step, for what there was nothing for in the first training pass."""
         if not self._is_checked and True in self.notes:
-            reach.check(sites(), lines, self.notes[True], FLOWING)
+            reach.check(sites(), scheme.lines, self.notes[True], FLOWING, scheme.weights_only)
+            reach.check_transforms(scheme.transforms, self.notes[True], FLOWING, scheme.weights_only)
             self._is_checked = True
 
     def shown(self, module: str) -> list[str]:

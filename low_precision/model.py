@@ -41,6 +41,7 @@ from low_precision.torch_private import forget_compiled, is_replica, parameters_
 from low_precision.weights import Weights
 
 _NEW = "was added or replaced after its model was quantized, and is not rounded: call quantize_model(model) again"
+_GUESTS = "; in torch.func.functional_call, give tensors, quantize(p, ...) or p.detach(), for parameters"
 _ROUNDED_ALREADY = "this model is rounded already, or has a low_precision of its own: start from a new model"
 
 
@@ -70,11 +71,11 @@ class LowPrecision:
             if scheme.lines:
                 allowed = "none: qtorch rounds all modules alike"
                 raise SettingError("backend qtorch: layers", str(scheme.lines[0]), allowed)
-            for site in (ELEMENTWISE, *OPERANDS):
-                if site in scheme.rules:
-                    raise SettingError(
-                        "backend qtorch: site", site, "one that qtorch rounds: no elementwise, no operands"
-                    )
+            if others := [site for site in (ELEMENTWISE, *OPERANDS) if site in scheme.rules]:
+                allowed = "one that qtorch rounds: no elementwise, no operands"
+                raise SettingError("backend qtorch: site", others[0], allowed)
+            if scheme.transforms:
+                raise SettingError("backend qtorch: transform", ", ".join(map(str, scheme.transforms.values())), "none")
         self.clock = Clock(seed=next_seed() if scheme.seed is None else scheme.seed)
         self.loss_scale = LossScale()
         self.layers = by_layer.patterns_of(layers)
@@ -131,7 +132,7 @@ class LowPrecision:
         everywhere: for all modules, so that what they call is noted under their names.
         """
         hooks: list[Any] = []
-        if not (self._flowing_sites() or everywhere):
+        if not (self._flows() or everywhere):
             return hooks
         known = set(map(id, self._framed))
         # Those that lines leave alone too: what they call is not their container's.
@@ -156,6 +157,10 @@ class LowPrecision:
         there = set().union(*(_there(self.scheme.of(name)) for name in self._selected()))
         return [site for site in FLOWING if site in there]
 
+    def _flows(self) -> bool:
+        """Whether something that flows through the model is rounded or transformed."""
+        return bool(self.scheme.transforms or self._flowing_sites())
+
     def _selected(self) -> dict[str, nn.Module]:
         """The modules to round, by name: those that `layers` select, but for those that lines leave alone."""
         modules = by_layer.select(self.model, self.layers)
@@ -170,7 +175,7 @@ class LowPrecision:
 
     def _prepare(self) -> None:
         """Listens to the next forward pass of either mode, and has no nested tensors made in evaluation."""
-        if not self._flowing_sites():
+        if not self._flows():
             return
         self.listening.start()
         for module in self.model.modules():
@@ -243,12 +248,9 @@ class LowPrecision:
         scale = LossScale(loss_scale)
         if isinstance(getattr(optimizer, "loss_scale", None), LossScale):
             raise ValueError("this optimizer rounds already: make a new one")
-        inner = [name for name, value in vars(optimizer).items() if has_optimizer(value)]
-        if inner:
-            kind = type(optimizer).__name__
-            raise ValueError(
-                f"given {kind}, which has another optimizer inside ({inner[0]}), allowed: one that has not"
-            )
+        if inner := [name for name, value in vars(optimizer).items() if has_optimizer(value)]:
+            given = f"{type(optimizer).__name__}, which has another optimizer inside ({inner[0]})"
+            raise ValueError(f"given {given}, allowed: one that has not")
         for site, rule in (*scheme.rules.items(), *((line.site, line.rule) for line in scheme.lines)):
             if site.startswith("momentum") and rule.format != FLOAT32 and isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError(f"{site}: LBFGS remembers steps, not moments of each parameter: it stays in float32")
@@ -261,9 +263,8 @@ class LowPrecision:
             optimizer.loss_scale = scale  # type: ignore[attr-defined]
         else:
             if not scale.dynamic and any(other.scale is self.loss_scale for other in self._weights.optimizers):
-                scale = (
-                    self.loss_scale if self.loss_scale.value == scale.value and not self.loss_scale.dynamic else scale
-                )
+                is_same = self.loss_scale.value == scale.value and not self.loss_scale.dynamic
+                scale = self.loss_scale if is_same else scale
             OptimizerRounding(self._names, self._weights, scheme, scale, self.check_step).attach(optimizer)
         self.loss_scale = scale
         self._whole = scheme
@@ -307,8 +308,7 @@ class LowPrecision:
                 raise RuntimeError(f"layer {name or 'model'} {_NEW}")
         for name in names.values():
             if _there(self._whole.of_parameter(name)) - set(FLOWING):
-                hint = "; in torch.func.functional_call, give tensors, quantize(p, ...) or p.detach(), for parameters"
-                raise RuntimeError(f"parameter {name} {_NEW}{hint}")
+                raise RuntimeError(f"parameter {name} {_NEW}{_GUESTS}")
 
     def _missing(self) -> tuple[dict[str, nn.Module], dict[Tensor, str]]:
         """What of the model should be rounded and is not: modules by name, parameters with their names."""
@@ -336,10 +336,10 @@ class LowPrecision:
             return rounding
         rules = self._rules.setdefault(module, self._shown_rules(module, name))
         scheme = self.scheme.of(name)
-        has_operands = bool(_there(scheme) & set(OPERANDS))
+        has_operands = bool(scheme.transforms or _there(scheme) & set(OPERANDS))
         made = LayerRounding(scheme, rules, name, module, self.clock, has_operands)
         leaf = type_of(module) or next(module.children(), None) is None
-        if not (leaf and made.shown()):
+        if not (leaf and made.extra_repr()):
             return None
         module.add_module("rounding", made)
         return made
@@ -368,13 +368,16 @@ class LowPrecision:
         self.check()
         if is_replica(model):  # it has the parameters that the model had when it was replicated
             return
+        training = model.training and torch.is_grad_enabled()
+        if training and self.clock.now() is self.clock:  # and not computed again
+            self.clock.delayed.begin_pass(bool(self._weights.optimizers))
         # All of them: a parent may use the parameters of a layer that it never calls.
         with hidden():
-            self._weights.settle(training=model.training and torch.is_grad_enabled())
+            self._weights.settle(training=training)
         if listen and not compiled:
             is_framed = any(module is model for module in self._framed)
             noted = self.listening.first_pass(
-                model, self._flowing_sites(), self.scheme.lines, self._show_calls, self._framed_everywhere()
+                model, self._flowing_sites(), self.scheme, self._show_calls, self._framed_everywhere()
             )
             if noted and not is_framed and self._root_frame:  # its hook came too late for this pass
                 self._root_frame.begin(model, arguments)
@@ -418,7 +421,7 @@ class LowPrecision:
         that there was nothing for in the first training pass.
         """
         self.check()
-        self.listening.check_backward(self._flowing_sites, self.scheme.lines)
+        self.listening.check_backward(self._flowing_sites, self.scheme)
 
     @untraced
     def _settle(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -7,7 +7,6 @@ rounding of the weights cut off is kept, in a format of its own, and added to th
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from low_precision import loss_scale, torch_private
-from low_precision.errors import SettingError, nearest
 from low_precision.loss_scale import LossScale
-from low_precision.rules import COUNTS, Rule, covers, momentum_rule, overridden, state_of
 from low_precision.scheme import Quantizer, Scheme
+from low_precision.states import SavedRules, States
 from low_precision.torch_private import untraced, version_of
 from low_precision.weights import Weights
 
@@ -66,9 +64,9 @@ class OptimizerRounding:
         self._roundings = 0  # of the gradients since the last step
         self._passes = scale.passes  # that this optimizer has stepped on
         self._has_other_gradients = False  # from backward passes since then that this loss scale did not scale
-        self._quantizers: dict[tuple[str, Tensor], Quantizer | None] = {}
-        self._saved_rules: dict[str, str] | None = None  # of the state that is being loaded
-        self._said: set[str] = set()  # names of states that cannot be rounded
+        self._quantizers: dict[Tensor, Quantizer | None] = {}  # of gradients
+        self.states = States(names, scheme, self.clock)
+        self._saved_rules: SavedRules | None = None  # of the state that is being loaded
         self.wants_states = False  # whether it is worth a warning that the optimizer keeps none
         self._has_looked = False  # for the states that have rules
         self._watches = False  # whether each gradient is seen
@@ -147,17 +145,14 @@ class OptimizerRounding:
         optimizer = self._optimizer() if self._optimizer else None
         return optimizer is not None and any(p is own for group in optimizer.param_groups for own in group["params"])
 
-    def _quantizer(self, site: str, p: Tensor, rule: Rule | None = None) -> Quantizer | None:
-        """What rounds this parameter's gradient or momentum; None where it stays as it is. rule: the site's unless
-        given.
-        """
+    def _quantizer(self, p: Tensor) -> Quantizer | None:
+        """What rounds this parameter's gradient; None where it stays as it is."""
         if p not in self.names:
             return None
-        name = f"{site}:{rule}" if rule else site
-        if (name, p) not in self._quantizers:
+        if p not in self._quantizers:
             scheme = self.scheme.of_parameter(self.names[p])
-            self._quantizers[name, p] = scheme.quantizer(site, self.names[p], self.clock, rule)
-        return self._quantizers[name, p]
+            self._quantizers[p] = scheme.quantizer("gradients", self.names[p], self.clock)
+        return self._quantizers[p]
 
     @untraced
     def _before_step(
@@ -223,7 +218,7 @@ class OptimizerRounding:
     @torch.no_grad()
     def _round_gradients(self, gradients: dict[Tensor, Tensor]) -> None:
         """gradients: of the optimizer, by parameter."""
-        quantizers = {p: self._quantizer("gradients", p) for p in gradients}
+        quantizers = {p: self._quantizer(p) for p in gradients}
         for p, quantizer in quantizers.items():
             if quantizer and gradients[p].layout != torch.strided:
                 raise RuntimeError(
@@ -252,71 +247,16 @@ class OptimizerRounding:
     @untraced
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.clock.move_to(self.clock.step + 1)
+        self.clock.delayed.move()  # before what the step has made is rounded: its scales follow from the steps before
         self._roundings = 0
-        self._round_state(optimizer)
+        self.states.round(optimizer)
         self.weights.leave(self.moving)
         if self.moving and not self._has_looked:
             self._has_looked = True
-            self._check_states(optimizer)
+            self.states.check(optimizer, self.moving, self.wants_states)
         if self.scale.dynamic:
             self.scale.update(self.overflowed)
             self.overflowed = False
-
-    @torch.no_grad()
-    def _round_state(self, optimizer: torch.optim.Optimizer, saved_rules: dict[str, str] | None = None) -> None:
-        """Rounds what the optimizer remembers of each parameter: momentum and moments, not its counts.
-
-        saved_rules: those by which it is rounded already, where it comes from a state that we saved.
-        """
-        for p, state in optimizer.state.items():
-            if p not in self.names:
-                continue
-            rules = self.scheme.of_parameter(self.names[p]).rules
-            saved = self._saved_rules_of(self.names[p], saved_rules) if saved_rules else {}
-            for call, (name, value) in enumerate(state.items()):
-                rule = momentum_rule(rules, name)
-                quantizer = self._quantizer("momentum", p, rule) if rule else None
-                if quantizer is None or name in COUNTS or _saved_rule(saved, name) == str(rule):
-                    continue
-                if not torch.is_tensor(value):
-                    self._say(optimizer, name, value)
-                elif value.is_floating_point():
-                    quantizer(value, call, out=value)
-
-    def _saved_rules_of(self, name: str, saved_rules: dict[str, str]) -> dict[str, str]:
-        """The rules, as texts, by which a saved state of the parameter of that name was rounded."""
-        rules = {site: rule for site, rule in saved_rules.items() if "/" not in site}
-        owners = self.scheme.owners_of(name)
-        lines = [(*left.rpartition("/")[::2], rule) for left, rule in saved_rules.items() if "/" in left]
-        here = [(site, rule) for pattern, site, rule in lines if any(covers(pattern, owner) for owner in owners)]
-        return overridden(rules, here)
-
-    def _check_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """SettingError for a rule of a state that the optimizer does not have, once its first step has made them."""
-        if not any(p in self.names for p in self.moving):
-            return
-        schemes = [self.scheme, *(self.scheme.of_parameter(self.names[p]) for p in self.moving if p in self.names)]
-        wanted = {state for scheme in schemes for site in scheme.rules if (state := state_of(site)) is not None}
-        states = {name for p in self.moving if p in self.names for name in optimizer.state.get(p, {})} - set(COUNTS)
-        if self.wants_states and not states:
-            text = f"momentum: {type(optimizer).__name__} as it is set keeps no state, so nothing is rounded there"
-            warnings.warn(text, stacklevel=2)
-        for name in sorted(wanted - states):
-            kind = type(optimizer).__name__
-            known = ", ".join(f"momentum.{state}" for state in sorted(states))
-            allowed = known or f"none, as {kind} keeps no state"
-            near = nearest(name, states)
-            raise SettingError("site", f"momentum.{name}", allowed, near and f"momentum.{near}")
-
-    def _say(self, optimizer: torch.optim.Optimizer, name: str, value: object) -> None:
-        """A warning, once, of tensors that are kept in a list or the like."""
-        kept = value.values() if isinstance(value, dict) else value
-        if name in self._said or not isinstance(kept, list | tuple | type({}.values())):
-            return
-        if any(torch.is_tensor(item) for item in kept):
-            self._said.add(name)
-            text = f"momentum: {type(optimizer).__name__} keeps {name!r} as a {type(value).__name__}: not rounded"
-            warnings.warn(text, stacklevel=2)
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         if not self.clock.paused:
@@ -326,9 +266,13 @@ class OptimizerRounding:
             "accumulator": {self.names[p]: master for p, master in self.weights.masters.items()},
             "compensation": {self.names[p]: lost for p, lost in self.weights.lost.items()},
             "rounded_at": {self.names[p]: when for p, when in self.weights.rounded_at.items()},
+            "rounded_by": {self.names[p]: scale for p, scale in self.weights.rounded_by.items()},
+            "checksums": {self.names[p]: checksum for p, checksum in self.weights.checksums().items()},
+            "delayed": self.clock.delayed.state_dict(),
             "loss_scale": self.scale.state_dict(),
             "seed": self.clock.seed,
             "rules": self._rules_as_texts(),
+            "smallest_state": self.scheme.smallest_state,
         }
         return state | {EXTRA_STATE: extra}
 
@@ -356,16 +300,21 @@ class OptimizerRounding:
             lost.copy_(extra.get("compensation", {}).get(self.names[p], torch.zeros(())))
         for p in self.weights.rounded_at:
             self.weights.rounded_at[p] = extra["rounded_at"].get(self.names[p], (extra["step"], 0))
+        for p, scale in self.weights.rounded_by.items():
+            scale.copy_(extra.get("rounded_by", {}).get(self.names[p], scale))
         self.weights.forget_aside()
+        checksums = extra.get("checksums", {})
+        self.weights.expect({p: checksums[name] for p, name in self.names.items() if name in checksums})
         self.clock.move_to(extra["step"])
+        self.clock.delayed.load_state_dict(extra.get("delayed", {}))
         if self.scheme.seed is None:
             self.clock.seed = extra.get("seed", self.clock.seed)
         self.scale.load_state_dict(extra["loss_scale"])
         self._is_unscaled, self._unscaled, self._roundings = False, {}, 0
-        self._saved_rules = extra.get("rules")
+        self._saved_rules = SavedRules(extra.get("rules"), extra.get("smallest_state", 0))
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        self._round_state(optimizer, self._saved_rules)
+        self.states.round(optimizer, self._saved_rules)
         self._saved_rules = None
 
 
@@ -385,11 +334,6 @@ def _gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 def _values(gradient: Tensor) -> Tensor:
     """Its numbers, without the zeros of a sparse one that are not there."""
     return gradient if gradient.layout == torch.strided else gradient.coalesce().values()
-
-
-def _saved_rule(rules: dict[str, str], name: str) -> str | None:
-    """The rule, as text, by which this state was rounded."""
-    return rules.get(f"momentum.{name}", rules.get("momentum"))
 
 
 def _remake(

@@ -9,206 +9,93 @@ read by two products, and each product reads two of them: six operands.
 
 A machine with low-precision multipliers rounds what a product reads, when it reads it. The same tensor may be rounded
 twice in different ways, because numbers that share a scale lie along the sum of the product: x in groups of features
-for the forward product, and in groups of rows for wgrad. What is rounded is the tensor as it is stored, and not what
-the other product read. The products themselves are computed by PyTorch, in float32.
+for the forward product, and in groups of rows for wgrad. What is rounded is the tensor as it is stored, unless the
+operand refers to another one: then it is what that product read. Before both operands of a product are rounded, they
+may be multiplied by an orthogonal matrix along its sum, which changes nothing else (transforms.py). The products
+themselves are computed by PyTorch, in float32.
 
 A factor counts as weights where it is a parameter, and as inputs otherwise. On the way back an error meets the other
 factor: a weight makes the product dgrad, an input wgrad. So a product of two inputs, as in attention, has two wgrads.
 
-Here a product is a bilinear function of two tensors: a `Form` tells how it is computed, how its two gradients are, and
-over which dimensions each of the three sums. Rounding passes gradients straight through, so what the way back does can
-be differentiated again.
+Here a product is a bilinear function of two tensors: its `Form` (forms.py) tells how it is computed, how its two
+gradients are, and over which dimensions each of the three sums. Rounding passes gradients straight through, so what the
+way back does can be differentiated again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from low_precision import hadamard
 from low_precision.formats import BlockFormat
+from low_precision.forms import Form, Reading
 from low_precision.scheme import Quantizer
 from low_precision.tensor import Round
 from low_precision.torch_private import transforms_are_active, untraced
 
-
-class Reading(NamedTuple):
-    """How a product reads an operand, by dimensions: `over` which it sums, and which count matrices of their own.
-
-    The others are the lines of the matrix; along a line lies what is summed.
-    """
-
-    over: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-
-
-class Form(Protocol):
-    """A bilinear function y = f(a, b), plus a bias where it has one, and its gradients.
-
-    Each method of three products takes operands that are rounded already. reading_*: how the product whose result that
-    is reads its two operands.
-    """
-
-    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def gradient_a(self, error: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        """a: for its shape alone."""
-        ...
-
-    def gradient_b(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """b: for its shape alone."""
-        ...
-
-    def gradient_bias(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """a, b: for their shapes alone."""
-        ...
-
-    def readings_forward(self, a: Tensor, b: Tensor) -> tuple[Reading, Reading]: ...
-
-    def readings_a(self, error: Tensor, b: Tensor) -> tuple[Reading, Reading]: ...
-
-    def readings_b(self, error: Tensor, a: Tensor) -> tuple[Reading, Reading]: ...
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x W^T: x (..., inputs), W (outputs, inputs) or (inputs,), y (..., outputs). torch.nn.functional.linear."""
-
-    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, w, bias)
-
-    def gradient_a(self, error: Tensor, w: Tensor, x: Tensor) -> Tensor:
-        return error @ w
-
-    def gradient_b(self, error: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return _as_rows(error).t() @ _as_rows(x)
-
-    def gradient_bias(self, error: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return _as_rows(error).sum(0)
-
-    def readings_forward(self, x: Tensor, w: Tensor) -> tuple[Reading, Reading]:
-        return Reading((x.ndim - 1,)), Reading((1,))
-
-    def readings_a(self, error: Tensor, w: Tensor) -> tuple[Reading, Reading]:
-        return Reading((error.ndim - 1,)), Reading((0,))
-
-    def readings_b(self, error: Tensor, x: Tensor) -> tuple[Reading, Reading]:
-        return Reading(tuple(range(error.ndim - 1))), Reading(tuple(range(x.ndim - 1)))
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution of images (samples, channels, *pixels), or a transposed one, as torch.nn.functional has them.
-
-    Groups of numbers that share a scale run along channels: those of input and weight in the forward product, the
-    layer's outputs in dgrad; in wgrad along the samples of the batch (as microxcaling does it). A sum over a kernel's
-    pixels is left to the product.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def forward(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        name = f"conv_transpose{x.ndim - 2}d" if self.transposed else f"conv{x.ndim - 2}d"
-        convolve: Callable[..., Tensor] = getattr(F, name)
-        if self.transposed:
-            return convolve(x, w, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        return convolve(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def gradient_a(self, error: Tensor, w: Tensor, x: Tensor) -> Tensor:
-        return self._backward(error, x, w, [True, False, False])[0]
-
-    def gradient_b(self, error: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return self._backward(error, x, w, [False, True, False])[1]
-
-    def gradient_bias(self, error: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        return self._backward(error, x, w, [False, False, True])[2]
-
-    def readings_forward(self, x: Tensor, w: Tensor) -> tuple[Reading, Reading]:
-        return Reading((1,)), Reading((0 if self.transposed else 1,))
-
-    def readings_a(self, error: Tensor, w: Tensor) -> tuple[Reading, Reading]:
-        return Reading((1,)), Reading((1 if self.transposed else 0,))
-
-    def readings_b(self, error: Tensor, x: Tensor) -> tuple[Reading, Reading]:
-        return Reading((0,)), Reading((0,))
-
-    def _settings(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-
-    def _backward(self, error: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
-        """The gradients with respect to x, w and bias, of which the mask says which are wanted."""
-        outputs = [error.shape[1]]
-        gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            error, x, w, outputs, *self._settings(), mask
-        )
-        return gradients
-
-
-@dataclass(frozen=True)
-class Matmul:
-    """y = a b: a (..., M, K), b (..., K, N), y (..., M, N).
-
-    matrices: how many leading dimensions all three have, equal ones, which count matrices of their own; with 0, b is
-    one matrix, and all leading dimensions of a are rows.
-    """
-
-    matrices: int
-
-    def forward(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        y = a @ b
-        return y if bias is None else y + bias
-
-    def gradient_a(self, error: Tensor, b: Tensor, a: Tensor) -> Tensor:
-        return error @ b.mT
-
-    def gradient_b(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return a.mT @ error if self.matrices else _as_rows(a).t() @ _as_rows(error)
-
-    def gradient_bias(self, error: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return error
-
-    def readings_forward(self, a: Tensor, b: Tensor) -> tuple[Reading, Reading]:
-        return self._along(a, -1), self._along(b, -2)
-
-    def readings_a(self, error: Tensor, b: Tensor) -> tuple[Reading, Reading]:
-        return self._along(error, -1), self._along(b, -1)
-
-    def readings_b(self, error: Tensor, a: Tensor) -> tuple[Reading, Reading]:
-        return self._along_rows(error), self._along_rows(a)
-
-    def _along(self, x: Tensor, over: int) -> Reading:
-        return Reading((x.ndim + over,), tuple(range(self.matrices)))
-
-    def _along_rows(self, x: Tensor) -> Reading:
-        return Reading(tuple(range(self.matrices, x.ndim - 1)), tuple(range(self.matrices)))
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 Rounds = Callable[..., Tensor]  # (operand, reading, how many backward passes there were before) -> rounded
 
 
-class Operands(NamedTuple):
-    """What rounds the six operands of one product y = f(a, b); None: the stored tensor is read as it is."""
+class Operand(NamedTuple):
+    """How one operand is read.
 
-    forward_a: Rounds | None = None
-    forward_b: Rounds | None = None
-    error_a: Rounds | None = None  # the error, where the gradient with respect to a is made
-    other_a: Rounds | None = None  # and b, which it meets there
-    error_b: Rounds | None = None
-    other_b: Rounds | None = None
+    rounds: what rounds it; None: it is read as it is. is_reference: it is what another product of the three read of the
+    same tensor, which `rounds` rounds again. mask: (numbers, reading) -> 1 where the gradient passes, 0 where not.
+    """
+
+    rounds: Rounds | None = None
+    is_reference: bool = False
+    mask: Callable[[Tensor, Reading], Tensor] | None = None
+
+
+class Rotation(NamedTuple):
+    """A transform of both operands of a product: hadamard.rotated by `size` numbers.
+
+    signs: by the backward passes before. rounds: what rounds the result, or None. backend: the engine.
+    """
+
+    size: int
+    signs: Callable[[int], hadamard.Sign | None]
+    rounds: Callable[[Tensor], Tensor] | None
+    backend: str = "auto"
+
+    def of(self, x: Tensor, reading: Reading, turn: int) -> tuple[Tensor, Reading]:
+        """The operand, transformed, and how the product reads that. It sums over one dimension."""
+        z = _straight(self.rounds, self.turned(x, reading, turn))
+        return z, reading._replace(are_mixed=reading.are_mixed or reading.over == (0,))
+
+    def turned(self, x: Tensor, reading: Reading, turn: int) -> Tensor:
+        """`of` without rounding."""
+        (dim,) = reading.over
+        return hadamard.rotated(x, dim, self.size, self.signs(turn), reading.parts, self.backend)
+
+    def back(self, z: Tensor, reading: Reading, turn: int, length: int) -> Tensor:
+        """The inverse along that dimension, which was so long."""
+        (dim,) = reading.over
+        return hadamard.rotated_back(z, dim, self.size, self.signs(turn), reading.parts, length, self.backend)
+
+
+_STORED = Operand()  # the stored tensor as it is
+
+
+class Operands(NamedTuple):
+    """How the six operands of one product y = f(a, b) are read.
+
+    errors: the error where the gradient with respect to a is made, and to b. others: what it meets there, b and a.
+    rotation, rotations: of the forward product, and of the two that make these gradients.
+    """
+
+    forward: tuple[Operand, Operand] = (_STORED, _STORED)
+    errors: tuple[Operand, Operand] = (_STORED, _STORED)
+    others: tuple[Operand, Operand] = (_STORED, _STORED)
+    rotation: Rotation | None = None
+    rotations: tuple[Rotation | None, Rotation | None] = (None, None)
 
 
 class Product(torch.autograd.Function):
@@ -222,8 +109,9 @@ class Product(torch.autograd.Function):
     def forward(
         a: Tensor, b: Tensor, bias: Tensor | None, form: Form, operands: Operands, backward_passes: Iterator[int]
     ) -> Tensor:
-        of_a, of_b = form.readings_forward(a, b)
-        read = _read(operands.forward_a, a, of_a, 0), _read(operands.forward_b, b, of_b, 0)
+        readings = form.readings_forward(a, b)
+        rotation, (of_a, of_b) = operands.rotation, operands.forward
+        read = _read(of_a, a, readings[0], rotation, 0), _read(of_b, b, readings[1], rotation, 0)
         with in_float32(a.device):
             y = form.forward(*read, bias)
         # .data, or in a transform a copy: einsum's result is a view, on which autograd refuses in-place functions.
@@ -238,21 +126,84 @@ class Product(torch.autograd.Function):
     @untraced
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        form, operands, turn = ctx.form, ctx.operands, next(ctx.backward_passes)
-        gradient_a = gradient_b = gradient_bias = None
-        if ctx.needs_input_grad[0]:
-            of_error, of_b = form.readings_a(error, b)
-            read = _read(operands.error_a, error, of_error, turn), _read(operands.other_a, b, of_b, turn)
-            with in_float32(a.device):
-                gradient_a = form.gradient_a(*read, a)
-        if ctx.needs_input_grad[1]:
-            of_error, of_a = form.readings_b(error, a)
-            read = _read(operands.error_b, error, of_error, turn), _read(operands.other_b, a, of_a, turn)
-            with in_float32(a.device):
-                gradient_b = form.gradient_b(*read, b)
-        if ctx.needs_input_grad[2]:
-            gradient_bias = form.gradient_bias(error, a, b)
+        way_back = _WayBack(ctx.form, ctx.operands, (a, b), error, next(ctx.backward_passes))
+        gradient_a = way_back.gradient(0) if ctx.needs_input_grad[0] else None
+        gradient_b = way_back.gradient(1) if ctx.needs_input_grad[1] else None
+        gradient_bias = ctx.form.gradient_bias(error, a, b) if ctx.needs_input_grad[2] else None
         return gradient_a, gradient_b, gradient_bias, None, None, None
+
+
+class _WayBack:
+    """One backward pass through a product: the gradients with respect to its factors, 0 and 1."""
+
+    def __init__(
+        self, form: Form, operands: Operands, factors: tuple[Tensor, Tensor], error: Tensor, turn: int
+    ) -> None:
+        """turn: how many backward passes there were before."""
+        self._form, self._operands, self._factors, self._error, self._turn = form, operands, factors, error, turn
+        self._forward = form.readings_forward(*factors)
+        self._readings = form.readings_a(error, factors[1]), form.readings_b(error, factors[0])
+
+    def gradient(self, of: int) -> Tensor:
+        """With respect to that factor."""
+        operands, rotation, other = self._operands, self._operands.rotations[of], 1 - of
+        reading_of_error, reading_of_other = self._readings[of]
+        # Where an operand is what another product read, and that was transformed, so is this product's result: along
+        # the sum of that other product, in which the factor has the same place.
+        turned: list[tuple[Rotation, Reading, int]] = []
+        error, met = self._error, self._factors[other]
+        if operands.errors[of].is_reference:
+            # Rounding is a function of tensor and key: the same numbers once more, and nothing to keep until now.
+            error, of_named = self._read_error(other)
+            reading_of_error = reading_of_error._replace(are_mixed=of_named.are_mixed)
+            if named := operands.rotations[other]:
+                turned.append((named, self._readings[other][1], self._turn))
+        if operands.others[of].is_reference:
+            met = _read(operands.forward[other], met, self._forward[other], operands.rotation, 0)
+            if operands.rotation:
+                turned.append((operands.rotation, self._forward[of], 0))
+        read = (
+            _read(operands.errors[of], error, reading_of_error, rotation, self._turn),
+            _read(operands.others[of], met, reading_of_other, rotation, self._turn),
+        )
+        multiply = self._form.gradient_b if of else self._form.gradient_a
+        with in_float32(error.device):
+            gradient = multiply(*read, self._shaped(of, turned))
+        if operands.forward[of].mask:
+            gradient = self._masked(gradient, of, turned)
+        for rotation, reading, turn in turned:
+            gradient = rotation.back(gradient, reading, turn, self._factors[of].shape[reading.over[0]])
+        return gradient
+
+    def _shaped(self, of: int, turned: list[tuple[Rotation, Reading, int]]) -> Tensor:
+        """A tensor with the shape of the product's result: the factor's, filled where it was transformed."""
+        factor = self._factors[of]
+        if not turned:
+            return factor
+        shape = list(factor.shape)
+        for rotation, reading, _ in turned:
+            (dim,) = reading.over
+            shape[dim] = hadamard.filled_length(shape[dim], rotation.size, reading.parts)
+        return factor.new_empty(shape)
+
+    def _masked(self, gradient: Tensor, of: int, turned: list[tuple[Rotation, Reading, int]]) -> Tensor:
+        """The gradient where the forward product's operand lets it pass, in the space in which that was rounded."""
+        operands, factor, reading = self._operands, self._factors[of].detach(), self._forward[of]
+        mask = operands.forward[of].mask
+        assert mask is not None
+        if operands.rotation is None:
+            return gradient * mask(factor, reading)
+        numbers, reading = operands.rotation.of(factor, reading, 0)
+        if not operands.others[of].is_reference:
+            gradient = operands.rotation.turned(gradient, reading, 0)
+            turned.append((operands.rotation, reading, 0))
+        return gradient * mask(numbers, reading)
+
+    def _read_error(self, of: int) -> tuple[Tensor, Reading]:
+        """The error as the product reads it that makes the gradient with respect to that factor."""
+        rotation, reading = self._operands.rotations[of], self._readings[of][0]
+        read = _read(self._operands.errors[of], self._error, reading, rotation, self._turn)
+        return read, reading._replace(are_mixed=rotation is not None and reading.over[:1] == (0,))
 
 
 @contextmanager
@@ -274,13 +225,21 @@ def in_float32(device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def _read(rounds: Rounds | None, operand: Tensor, reading: Reading, turn: int) -> Tensor:
-    """The operand as the product reads it; its gradient passes straight through."""
+def _read(operand: Operand, x: Tensor, reading: Reading, rotation: Rotation | None, turn: int) -> Tensor:
+    """The operand as the product reads it; its gradient passes straight through what rounds it."""
+    if rotation:
+        x, reading = rotation.of(x, reading, turn)
+    rounds = operand.rounds
+    return _straight(None if rounds is None else lambda x: rounds(x, reading, turn), x)
+
+
+def _straight(rounds: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    """The rounded tensor, whose gradient is that of the tensor."""
     if rounds is None:
-        return operand
-    if operand.requires_grad and torch.is_grad_enabled():
-        return Round.apply(operand, lambda x: rounds(x, reading, turn), None)  # type: ignore[no-any-return, no-untyped-call]
-    return rounds(operand, reading, turn)
+        return x
+    if x.requires_grad and torch.is_grad_enabled():
+        return Round.apply(x, rounds, None)  # type: ignore[no-any-return, no-untyped-call]
+    return rounds(x)
 
 
 def round_operand(
@@ -294,17 +253,21 @@ def round_operand(
     format = quantizer.rule.format
     if operand.numel() == 0:
         return operand
+    if reading.are_mixed:  # no row is one of the batch: the noise is each process's own
+        first_row, turn = 0, turn + (first_row << 16)
     if operand.ndim == 0:
         return round_operand(quantizer, operand.reshape(1), Reading(()), call, step, first_row, turn).reshape(())
-    if not isinstance(format, BlockFormat) or format.block == "tensor":
+    if not isinstance(format, BlockFormat) or format.block == "tensor" or format.is_flat:
         return quantizer(operand, call, step, first_row=first_row, backward_pass=turn)
-    if not isinstance(format.block, str):
+    if format.sizes is not None and format.sizes[0] == 1:
         return _in_groups(quantizer, operand, reading, call, step, first_row, turn)
     lines = [d for d in range(operand.ndim) if d not in reading.over and d not in reading.batch]
     order = [*reading.batch, *lines, *reading.over]
     moved = operand.permute(order)
     matrices = moved.shape[: len(reading.batch)].numel()
     summed = moved.shape[len(order) - len(reading.over) :].numel()
+    if format.sizes is not None:  # MxN: lines beside each other share a scale, in each matrix
+        return _in_tiles(quantizer, operand, moved.reshape(matrices, -1, summed), order, call, step, first_row, turn)
     if order[0] == 0 and format.block != "column":
         rows_before = first_row * (operand.numel() // summed) // max(len(operand), 1)
     else:  # groups span the rows: they are each process's own, and so is their noise
@@ -333,6 +296,27 @@ def _in_groups(
     summed = summed.flatten(over[0], over[-1]) if len(over) > 1 else summed
     rounded = quantizer(summed, call, step, dim=over[0], first_row=first_row, backward_pass=turn).view(operand.shape)
     return _in_layout_of(operand, rounded)
+
+
+def _in_tiles(
+    quantizer: Quantizer,
+    operand: Tensor,
+    matrices: Tensor,
+    order: list[int],
+    call: int,
+    step: int,
+    first_row: int,
+    turn: int,
+) -> Tensor:
+    """round_operand for groups of MxN. matrices: the operand as (matrices, lines, sum), its dimensions in `order`."""
+    x = matrices[0] if len(matrices) == 1 else matrices
+    if order[0] == 0:
+        rows_before = first_row * len(x) // max(len(operand), 1)
+    else:  # groups span the rows: they are each process's own, and so is their noise
+        rows_before, turn = 0, turn + (first_row << 16)
+    rounded = quantizer(x, call, step, dim=x.ndim - 1, first_row=rows_before, backward_pass=turn)
+    moved = rounded.reshape([operand.shape[d] for d in order])
+    return _in_layout_of(operand, moved.permute([order.index(d) for d in range(operand.ndim)]))
 
 
 def _in_layout_of(operand: Tensor, rounded: Tensor) -> Tensor:

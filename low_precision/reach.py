@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
 from low_precision.errors import SettingError
-from low_precision.formats import FLOAT32
 from low_precision.noted import Notes
-from low_precision.rules import FLOWING, OPERANDS, PRODUCTS, Line
+from low_precision.rules import FLOWING, OPERANDS, PRODUCTS, Line, is_there
 from low_precision.torch_private import parameters_of
+from low_precision.transforms import PRODUCT_NAMES, Transform
 
 _SHOWN = 3  # names of modules of one kind
 
@@ -53,14 +53,18 @@ def warn_compiled() -> None:
     )
 
 
-def check(sites: Iterable[str], lines: Iterable[Line], notes: Notes, when: Collection[str]) -> None:
+def check(
+    sites: Iterable[str], lines: Iterable[Line], notes: Notes, when: Collection[str], by_recipe: bool = False
+) -> None:
     """SettingError for a site, one of `when`, that there was nothing for in a forward pass.
 
-    lines: those of single modules; one whose modules were not called may wait for another pass.
+    lines: those of single modules; one whose modules were not called may wait for another pass. by_recipe: whether a
+    recipe sets the operands.
     """
     wanted = list(sites)
     reached = set(notes.reached)
-    if set(wanted) >= set(OPERANDS) and reached & set(OPERANDS):  # all that there are: who asks for them has some
+    # All that there are, or a recipe's: who asks for them has some. So a model of one layer has no dgrad.
+    if (by_recipe or set(wanted) >= set(OPERANDS)) and reached & set(OPERANDS):
         reached |= set(OPERANDS)
     for site in wanted:
         if site in when and site not in reached:
@@ -68,10 +72,27 @@ def check(sites: Iterable[str], lines: Iterable[Line], notes: Notes, when: Colle
     for line in lines:
         modules = {name for name in notes.modules if line.reaches([name])}
         meant = OPERANDS if line.site == PRODUCTS else (line.site,)
-        if line.pattern is None or line.rule.format == FLOAT32 or not modules or not set(meant) & set(when):
+        if line.pattern is None or not is_there(line.site, line.rule) or not modules or not set(meant) & set(when):
             continue
         if not any(notes.reached.get(site, set()) & modules for site in meant):
             raise SettingError("site", line.left_side, f"one that these modules have: {_there(notes, modules)}")
+
+
+def check_transforms(
+    transforms: Mapping[str, Transform], notes: Notes, when: Collection[str], by_recipe: bool = False
+) -> None:
+    """SettingError for a transform of a product, one with operands in `when`, that a forward pass had none of."""
+    there = [product for product in PRODUCT_NAMES if notes.reached.keys() & _operands_of(product)]
+    if there and (by_recipe or len(transforms) == len(PRODUCT_NAMES)):  # as of operands, above
+        return
+    for product, transform in transforms.items():
+        if product not in there and _operands_of(product) & set(when):
+            allowed = f"one of a product that this model has: {', '.join(there) or 'none'}"
+            raise SettingError("transform", f"{product}={transform}", allowed)
+
+
+def _operands_of(product: str) -> set[str]:
+    return {site for site in OPERANDS if site.startswith(f"{product}.")}
 
 
 def _there(notes: Notes, modules: Collection[str]) -> str:

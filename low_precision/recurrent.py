@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from low_precision.products import Form, Linear
+from low_precision.forms import Form, Linear
 
 
 class Call(Protocol):

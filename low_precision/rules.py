@@ -12,6 +12,7 @@ from typing import TypeVar
 from low_precision.errors import SettingError, nearest, shown, wrong_type
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat, Format, format_named
 from low_precision.rounding import AnyRounding, FewBits, Overflow, Rounding, rounding_named
+from low_precision.tables import FILE, Table
 
 # The sites, in the order in which one training step passes them. A new one is a name here and the code that rounds it.
 ALL_SITES = ("weights", "inputs", "activations", "errors", "gradients", "momentum")  # what "all" means
@@ -19,10 +20,19 @@ ADDED_SITES = ("accumulator", "compensation")  # these exist only when they are 
 # What a product reads, PRODUCT.OPERAND: a layer y = x W^T has three products with two operands each (products.py).
 OPERANDS = ("forward.inputs", "forward.weights", "dgrad.errors", "dgrad.weights", "wgrad.errors", "wgrad.inputs")
 PRODUCTS = "products"  # stands for all of them
+# In place of a rule, an operand may name the one of another product that is made from the same tensor.
+NAMING = {
+    "dgrad.weights": "forward.weights",
+    "wgrad.inputs": "forward.inputs",
+    "dgrad.errors": "wgrad.errors",
+    "wgrad.errors": "dgrad.errors",
+}
+_NAMING_TEXT = ", ".join(f"{site} may name {operand}" for site, operand in NAMING.items())
 EVERY = "*"  # in a line: stands for every site that has a rule so far
 ELEMENTWISE = "elementwise"  # the results of functions without products; only when it is asked for
 SITES = (*ALL_SITES, *ADDED_SITES, ELEMENTWISE)  # the stored ones
 _NAMES = (*SITES, *OPERANDS, PRODUCTS)
+_PRODUCT_NAMES = tuple(dict.fromkeys(site.partition(".")[0] for site in OPERANDS))
 AROUND_LAYERS = ("inputs", "activations", "errors")  # the sites at layers; the others are at parameters
 FLOWING = (*AROUND_LAYERS, ELEMENTWISE, *OPERANDS)  # the sites of what flows through a model
 
@@ -50,7 +60,7 @@ _AnyRule = TypeVar("_AnyRule")  # a Rule, or its text
 @dataclass(frozen=True)
 class Rule:
     """How one site is rounded. rule_of(str(rule)) == rule, but for float32, whose rounding is none and goes untold, and
-    for formats that are not in the table, whose names nobody can look up.
+    for formats that are not in the table, whose names nobody can look up. Of a Reference, rule_at.
     """
 
     format: AnyFormat
@@ -58,13 +68,34 @@ class Rule:
 
     def __post_init__(self) -> None:
         """TypeError for texts and other types: `rule_of` makes a rule of them."""
-        if not isinstance(self.format, Format | BlockFormat):
-            raise wrong_type("rule: format", self.format, "a Format, a BlockFormat; rule_of takes texts")
+        if not isinstance(self.format, Format | Table | BlockFormat):
+            raise wrong_type("rule: format", self.format, "a Format, a Table, a BlockFormat; rule_of takes texts")
         if not isinstance(self.rounding, Rounding | FewBits):
             raise wrong_type("rule: rounding", self.rounding, "a Rounding, FewBits; rule_of takes texts")
 
     def __str__(self) -> str:
         return self.format.name if self.format == FLOAT32 else f"{self.format.name}:{self.rounding}"
+
+
+@dataclass(frozen=True)
+class Reference(Rule):
+    """In place of an operand's rule, the very numbers that another operand was read as: "forward.weights".
+
+    format and rounding: how those numbers are rounded again, "forward.weights>FORMAT[:ROUNDING]"; float32: not at all.
+    operand: the one of NAMING that is named.
+    """
+
+    operand: str
+
+    @classmethod
+    def to(cls, operand: str, rule: Rule | None = None) -> Reference:
+        """The reference to that operand, whose numbers `rule` rounds again."""
+        if rule is None or rule.format == FLOAT32:
+            return cls(FLOAT32, Rounding.NEAREST, operand)
+        return cls(rule.format, rule.rounding, operand)
+
+    def __str__(self) -> str:
+        return self.operand if self.format == FLOAT32 else f"{self.operand}>{super().__str__()}"
 
 
 Spec = Rule | AnyFormat | str  # what a user may write for a rule
@@ -75,14 +106,48 @@ def rule_of(spec: Spec, rounding: AnyRounding | str = Rounding.NEAREST) -> Rule:
 
     SettingError (a ValueError) for an unknown name, TypeError for another type.
     """
+    if isinstance(spec, Reference):
+        raise SettingError("rule", str(spec), "FORMAT[:ROUNDING]: operands of products alone name one another")
     if isinstance(spec, Rule):
         return spec
-    if isinstance(spec, Format | BlockFormat):
+    if isinstance(spec, Format | Table | BlockFormat):
         return Rule(spec, rounding_named(rounding))
     if not isinstance(spec, str):
         raise wrong_type(None, spec, "FORMAT[:ROUNDING], a Format or a Rule")
-    name, colon, rounding_name = spec.partition(":")
-    return Rule(format_named(name), rounding_named(rounding_name if colon else rounding))
+    prefix = FILE if spec.startswith(FILE) else ""  # whose colon is one of the format's name
+    name, colon, rounding_name = spec.removeprefix(prefix).partition(":")
+    return Rule(format_named(prefix + name), rounding_named(rounding_name if colon else rounding))
+
+
+def rule_at(site: str, spec: Spec, rounding: AnyRounding | str = Rounding.NEAREST) -> Rule:
+    """`rule_of`, and at an operand a text "OPERAND[>FORMAT[:ROUNDING]]", which names another one (NAMING).
+
+    SettingError for an operand that this site may not name.
+    """
+    if isinstance(spec, str):
+        operand, again, text = spec.partition(">")
+        if not (again or operand.partition(".")[0] in _PRODUCT_NAMES):
+            return rule_of(spec, rounding)
+        if operand != NAMING.get(site):
+            raise _wrong_reference(site, spec)
+        return Reference.to(operand, rule_of(text, rounding) if again else None)
+    if isinstance(spec, Reference):
+        check_reference(site, spec)
+        return spec
+    return rule_of(spec, rounding)
+
+
+def check_reference(site: str, rule: Rule) -> None:
+    """SettingError for a rule that names an operand which this site may not name."""
+    if isinstance(rule, Reference) and rule.operand != NAMING.get(site):
+        raise _wrong_reference(site, str(rule))
+
+
+def _wrong_reference(site: str, text: str) -> SettingError:
+    if site in NAMING:
+        allowed = f"{NAMING[site]}, {NAMING[site]}>FORMAT[:ROUNDING], or a rule of its own"
+        return SettingError("site", shown(f"{site}={text}"), allowed, nearest(text.partition(">")[0], [NAMING[site]]))
+    return SettingError("site", shown(f"{site}={text}"), f"FORMAT[:ROUNDING]; of operands, {_NAMING_TEXT}")
 
 
 def site_rule(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> tuple[str, Rule]:
@@ -94,7 +159,7 @@ def site_rule(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> tupl
         raise _unknown_site(site, text, "SITE=FORMAT[:ROUNDING], SITE one of ")
     if not equals:
         raise SettingError("site", shown(text), "SITE=FORMAT[:ROUNDING]")
-    return site, rule_of(spec, rounding)
+    return site, rule_at(site, spec, rounding)
 
 
 @dataclass(frozen=True)
@@ -119,6 +184,7 @@ class Line:
             raise _unknown_site(self.site, self.site, f"{EVERY}, ")
         if not isinstance(self.rule, Rule):
             raise wrong_type(self.site, self.rule, "a Rule; rule_of makes one of FORMAT[:ROUNDING]")
+        check_reference(self.site, self.rule)
 
     def __str__(self) -> str:
         return f"{self.left_side}={self.rule}"
@@ -153,7 +219,7 @@ def site_line(text: str, rounding: AnyRounding | str = Rounding.NEAREST) -> Line
         raise SettingError("site", shown(text), LINE_FORM)
     if site != EVERY and not is_site(site):
         raise _unknown_site(site, text, f"{LINE_FORM}, SITE {EVERY} or one of ")
-    return Line(pattern if slash else None, site, rule_of(spec, rounding))
+    return Line(pattern if slash else None, site, rule_at(site, spec, rounding))
 
 
 def covers(pattern: str, name: str) -> bool:
@@ -237,10 +303,10 @@ def effective(rules: Mapping[str, Rule]) -> dict[str, Rule]:
 
 
 def is_there(site: str, rule: Rule) -> bool:
-    """Whether a rule does anything at its site: float32 rounds nothing, but an accumulator in float32 exists, and a
-    state of the optimizer may be what alone is not rounded.
+    """Whether a rule does anything at its site: float32 rounds nothing, but an accumulator in float32 exists, a state
+    of the optimizer may be what alone is not rounded, and what another operand was read as is no stored tensor.
     """
-    return rule.format != FLOAT32 or site in ADDED_SITES or state_of(site) is not None
+    return rule.format != FLOAT32 or isinstance(rule, Reference) or site in ADDED_SITES or state_of(site) is not None
 
 
 def check_rules(rules: dict[str, Rule], overflow: Overflow, lines: Iterable[Line] = ()) -> None:
@@ -253,18 +319,29 @@ def check_rules(rules: dict[str, Rule], overflow: Overflow, lines: Iterable[Line
         check_site(site)
         if not isinstance(rule, Rule):
             raise wrong_type(site, rule, "a Rule; rule_of makes one of FORMAT[:ROUNDING]")
+        check_reference(site, rule)
     if not lines:
         check_together(rules)
     for site, rule in (*rules.items(), *((line.left_side, line.rule) for line in lines)):
-        if overflow is Overflow.INFINITY and not rule.format.has_infinity:
-            raise SettingError("overflow", "infinity", f"saturate ({site}: {rule.format} has no infinity)")
+        check_overflow(overflow, rule.format, site)
+
+
+def check_overflow(overflow: Overflow, format: AnyFormat, site: str = "") -> None:
+    """SettingError where values are to become an infinity that the format does not have. site: whose format it is."""
+    if overflow is Overflow.INFINITY and not format.has_infinity:
+        where = f"{site}: {format}" if site else format.name
+        raise SettingError("overflow", "infinity", f"saturate, propagate ({where} has no infinity)")
 
 
 def check_together(rules: Mapping[str, Rule], module: str | None = None) -> None:
     """SettingError for rules that do not go together. module: whose they are, for the error; None for all modules'."""
+    note = "" if module is None else f" (in module {module or 'model'})"
     if "compensation" in rules and ("weights" not in rules or "accumulator" in rules):
-        note = "" if module is None else f" (in module {module or 'model'})"
         raise SettingError("site", "compensation", "one beside rounded weights, without an accumulator", note=note)
+    circle = [site for site in ("dgrad.errors", "wgrad.errors") if isinstance(rules.get(site), Reference)]
+    if len(circle) == 2:
+        value = " and ".join(f"{site}={rules[site]}" for site in circle)
+        raise SettingError("site", value, "one of the two: neither has numbers of its own", note=note)
 
 
 def is_of_optimizer(site: str) -> bool:

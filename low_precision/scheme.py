@@ -8,11 +8,24 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from low_precision.clock import Clock
+from low_precision.delayed import is_delayed
 from low_precision.formats import FLOAT32, BlockFormat
 from low_precision.noise import Key
+from low_precision.recipe import Recipe
 from low_precision.rounding import AnyRounding, Overflow, Rounding, is_random, overflow_named, rounding_named
-from low_precision.rules import Line, Rule, check_rules, check_together, effective, is_there, overridden
+from low_precision.rules import (
+    OPERANDS,
+    PRODUCTS,
+    Line,
+    Rule,
+    check_rules,
+    check_together,
+    effective,
+    is_there,
+    overridden,
+)
 from low_precision.tensor import quantize
+from low_precision.transforms import Transform, transforms_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,10 @@ class Scheme:
     backend: str = "auto"
     rounding: AnyRounding = Rounding.NEAREST  # of the sites that quantize_optimizer adds, where they name none
     lines: tuple[Line, ...] = ()  # over the rules, in this order, each in the modules that it is for
+    transforms: dict[str, Transform] = field(default_factory=dict)  # of both operands of a product, by its name
+    weights_only: bool = False  # operands are rounded of products with a weight alone, as recipes have it
+    recipe: Recipe | None = None  # from which quantize_optimizer takes what it is not given
+    smallest_state: int = 0  # of fewer numbers, what the optimizer keeps of a parameter stays in float32
     # Of modules with several names, all of them, by the first one; of parameters that several modules share, the names
     # of these modules, by the parameter's. Lines are for a module or a parameter where they are for one of its names.
     shared_names: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
@@ -39,6 +56,7 @@ class Scheme:
         rounding_named(self.rounding)
         if not self._is_part:
             check_rules(self.rules, overflow_named(self.overflow), self.lines)
+            transforms_of(self.transforms)
 
     def of(self, module: str) -> Scheme:
         """The scheme whose `rules` are those of the module of that full name; this one where there are no lines."""
@@ -74,8 +92,18 @@ class Scheme:
         if names not in self._of:
             lines = [(line.site, line.rule) for line in self.lines if line.reaches(names)]
             rules = effective(overridden(self.rules, lines)) if lines else self.rules
-            self._of[names] = replace(self, rules=rules, lines=(), shared_names={}, _is_part=True)
+            transforms = self.transforms if self._multiplies(rules) and not self.leaves_alone(names[0]) else {}
+            self._of[names] = replace(
+                self, rules=rules, lines=(), transforms=transforms, shared_names={}, _is_part=True
+            )
         return self._of[names]
+
+    def _multiplies(self, rules: dict[str, Rule]) -> bool:
+        """Whether a module of these rules has transforms: not one whose operands lines leave as they are stored."""
+        all_rules = [*self.rules.items(), *((line.site, line.rule) for line in self.lines)]
+        operands = {*OPERANDS, PRODUCTS}
+        wanted = any(site in operands and is_there(site, rule) for site, rule in all_rules)
+        return not wanted or any(site in operands and is_there(site, rule) for site, rule in rules.items())
 
     def quantizer(self, site: str, tensor: str, clock: Clock, rule: Rule | None = None) -> Quantizer | None:
         """What rounds that tensor at that site, or None where it stays in float32. rule: the site's unless given."""
@@ -91,6 +119,10 @@ class Quantizer:
     def __init__(self, rule: Rule, names: tuple[str, str], clock: Clock, overflow: Overflow, backend: str) -> None:
         """names: of the site and the tensor."""
         self.rule, self.names, self.clock, self.overflow, self.backend = rule, names, clock, overflow, backend
+        self.is_delayed = is_delayed(rule.format)
+        self.scale_name = " ".join(names)  # of a delayed scale, among the model's
+        self._notes = True  # whether that learns of what is rounded
+        clock.delayed.is_used = clock.delayed.is_used or self.is_delayed
         self._key: tuple[int, Key] | None = None  # made when it is needed: a loaded state may bring another seed
 
     @property
@@ -106,6 +138,26 @@ class Quantizer:
         other.rule = replace(self.rule, format=format)
         return other
 
+    def noting(self, notes: bool) -> Quantizer:
+        """The same, of which a delayed scale learns, or not, as in evaluation."""
+        if not self.is_delayed or notes == self._notes:
+            return self
+        other = copy(self)
+        other._notes = notes
+        return other
+
+    def for_state(self, name: str) -> Quantizer:
+        """The same for one of several states that an optimizer keeps of a parameter: each has its delayed scale."""
+        if not self.is_delayed:
+            return self
+        other = copy(self)
+        other.scale_name = f"{self.names[0]}.{name} {self.names[1]}"
+        return other
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """The delayed scale by which x is rounded now, float32 (), which learns of x; None where its scale is none."""
+        return self.clock.delayed.read(self.scale_name, self.rule.format, x, self._notes) if self.is_delayed else None
+
     def __call__(
         self,
         x: Tensor,
@@ -115,12 +167,14 @@ class Quantizer:
         out: Tensor | None = None,
         first_row: int = 0,
         backward_pass: int = 0,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Round `x`, into `out` where that is given; see tensor.quantize.
 
         call: tells apart several roundings between two optimizer steps. step: the clock's unless given. dim: along
         which blocks run; unless given, a parameter's second dimension, its inputs, or its only one. first_row: see Key.
-        backward_pass: how many passes went back through the same rounding before this one.
+        backward_pass: how many passes went back through the same rounding before this one. scale: of a delayed one, by
+        which x was rounded before; nothing learns of x then.
         """
         key = None
         if is_random(self.rule.rounding):
@@ -136,6 +190,7 @@ class Quantizer:
             overflow=self.overflow,
             backend=self.backend,
             out=out,
+            scale=self.scale(x) if scale is None else scale,
         )
 
     def beyond(self, x: Tensor) -> Tensor:

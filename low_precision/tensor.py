@@ -24,7 +24,8 @@ from low_precision.rounding import (
     overflow_named,
     rounding_named,
 )
-from low_precision.rules import Spec, rule_of
+from low_precision.rules import Spec, check_overflow, rule_of
+from low_precision.scales import DELAYED
 from low_precision.torch_private import untraced
 
 
@@ -40,6 +41,7 @@ def quantize(
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
     out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Round every element of `x` to a neighbouring value of `format`: a new tensor, same shape, dtype and device.
 
@@ -49,7 +51,8 @@ def quantize(
     rounding: see `Rounding` and `FewBits`. Random ones take their bits from `key` and an element's row-major index
     alone; in a `BlockFormat`, from its place in the row-major order of blocks. The same key gives the same bits each
     time, so whoever rounds repeatedly needs another key for each time. dim: along which a BlockFormat's blocks run.
-    out: a tensor of x's shape and dtype for the result, x itself for rounding in place; no gradients then.
+    out: a tensor of x's shape and dtype for the result, x itself for rounding in place; no gradients then. scale: of a
+    format with a delayed scale, a float32 tensor () > 0: what numbers are multiplied by before they are rounded.
     Special values: NaN stays NaN. Beyond `format.largest` see `Overflow`; where x's type does not reach that, the
     type's own largest value stands for it. The sign stays, of zeros too where the format has a negative zero. In
     float32 nothing is rounded (but float64 is). Gradients pass straight through (Bengio et al. 2013), rounded on the
@@ -69,24 +72,26 @@ def quantize(
     key = key_of_both if is_random(rounding) else None
     if key is None and is_random(rounding):
         raise ValueError("stochastic rounding needs a key: a whole number below 2**64, or a Key")
-    if overflow is Overflow.INFINITY and not format.has_infinity:
-        raise SettingError("overflow", "infinity", f"saturate ({format.name} has no infinity)")
+    if overflow is Overflow.INFINITY:
+        check_overflow(overflow, format)
     is_open = door.is_open(x, out)
     if not is_open:
         door.check(x, out)
-    if x.dtype is not torch.float32 and not choice.holds(x.dtype, format):
-        raise TypeError(f"quantize to {format.name}: given {x.dtype}, allowed: a torch.float32 tensor (use x.float())")
+    if not choice.holds(x.dtype, format):
+        wider = "float32 tensor (use x.float())" if choice.holds(torch.float32, format) else "float64 tensor"
+        raise TypeError(f"quantize to {format.name}: given {x.dtype}, allowed: a torch.{wider}")
     if isinstance(format, BlockFormat):
         _check_dim(dim, x.ndim)
+    _check_scale(scale, format)
     if out is not None:
         door.check_target(x, out)
     round_gradient = _backward(backward, rounding, key_of_both, dim, overflow, backend) if backward else None
     is_plain = is_open and not (out is None and x.requires_grad and torch.is_grad_enabled())
     if is_plain:
         x = x.detach() if x.requires_grad else x
-        return choice.quantize(x, format, rounding, overflow, key, dim, out, backend)
+        return choice.quantize(x, format, rounding, overflow, key, dim, out, backend, scale)
     round_value = partial(
-        quantize, format=format, rounding=rounding, key=key, dim=dim, overflow=overflow, backend=backend
+        quantize, format=format, rounding=rounding, key=key, dim=dim, overflow=overflow, backend=backend, scale=scale
     )
     if is_open:
         return Round.apply(x, round_value, round_gradient)  # type: ignore[no-any-return, no-untyped-call]
@@ -98,6 +103,15 @@ def _check_dim(dim: int, dimensions: int) -> None:
         raise wrong_type("dim", dim, "a whole number")
     if not -max(dimensions, 1) <= dim < max(dimensions, 1):
         raise IndexError(f"dim: given {dim}, allowed: {-dimensions} .. {dimensions - 1}")
+
+
+def _check_scale(scale: Tensor | None, format: AnyFormat) -> None:
+    is_delayed = isinstance(format, BlockFormat) and format.scaling.kind == DELAYED
+    if is_delayed and scale is None:
+        allowed = "a format whose scale follows from the tensor alone; a delayed scale has a model and its optimizer"
+        raise SettingError("format", format.name, allowed)
+    if scale is not None and not (is_delayed and scale.ndim == 0 and scale.dtype == torch.float32):
+        raise SettingError("scale", str(tuple(scale.shape)), "a float32 tensor () for a format with a delayed scale")
 
 
 _Rounds = Callable[[Tensor], Tensor]
@@ -157,8 +171,7 @@ def _backward(
     rule = rule_of(spec, rounding)
     if is_random(rule.rounding) and key is None:
         raise ValueError("stochastic rounding of the gradient needs a key: a whole number below 2**64, or a Key")
-    if overflow is Overflow.INFINITY and not rule.format.has_infinity:
-        raise SettingError("overflow", "infinity", f"saturate (backward: {rule.format} has no infinity)")
+    check_overflow(overflow, rule.format, "backward")
     rounds = partial(quantize, format=rule.format, rounding=rule.rounding, dim=dim, overflow=overflow, backend=backend)
     if key is None or not is_random(rule.rounding):
         return rounds

@@ -297,6 +297,14 @@ def is_of_a_transform(x: Tensor) -> bool:
     return False
 
 
+def without_wrappers(x: Tensor) -> Tensor:
+    """The tensor in which transforms of torch.func keep the numbers of x; of vmap, those of all samples."""
+    functorch = getattr(torch._C, "_functorch", None)
+    while functorch is not None and is_of_a_transform(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def functionalizes() -> bool:
     """Whether torch.func.functionalize is among the transforms at work. Under it torch calls no autograd.Function."""
     functorch = getattr(torch._C, "_functorch", None)

@@ -49,6 +49,7 @@ class _Aside:
     master: Tensor | None
     lost: Tensor | None
     rounded_at: tuple[int, int]
+    rounded_by: Tensor | None
 
 
 class Weights:
@@ -62,12 +63,17 @@ class Weights:
         self.masters: dict[Tensor, Tensor] = {}  # what the accumulator holds
         self.lost: dict[Tensor, Tensor] = {}  # what the compensation holds
         self.rounded_at: dict[Tensor, tuple[int, int]] = {}  # step and call whose noise is in the weight
+        self.rounded_by: dict[Tensor, Tensor] = {}  # the delayed scale that is in it, where it has one
         self.optimizers: list[Stepper] = []  # those that step them
         self._versions: dict[Tensor, tuple[int, int]] = {}  # of the weights as we last wrote or saw them
         # The weights before a step, where it may leave a group of numbers that share a scale as it was (stored.py); and
         # those of a compensation, which may come back.
         self._before: dict[Tensor, Tensor] = {}
         self._aside: dict[Tensor, _Aside] = {}
+        # Until the next step: weights as they came from outside, with the version that they were rounded to; and the
+        # checksums that an optimizer's state has of them. What fits is one of our own, and was not to be rounded again.
+        self._raw: dict[Tensor, tuple[Tensor, tuple[int, int]]] = {}
+        self._expected: dict[Tensor, int] = {}
         self._trained = False  # whether a training pass was made
         self._is_copy = self._said_copy = False
 
@@ -98,7 +104,8 @@ class Weights:
     def drop(self, p: Tensor) -> None:
         """Forgets a parameter that its model has no more."""
         tables: list[dict[Tensor, Any]] = [self.weights, self.accumulator, self.compensation, self.masters, self.lost]
-        tables += [self.rounded_at, self._versions, self._before, self._aside]
+        tables += [self.rounded_at, self.rounded_by, self._versions, self._before, self._aside]
+        tables += [self._raw, self._expected]
         for table in tables:
             table.pop(p, None)
 
@@ -106,13 +113,37 @@ class Weights:
         """What stood behind replaced weights will not come back."""
         self._aside.clear()
 
-    def _rounded(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the parameter is, or should be: its accumulator, or what it is now, rounded, into `out` if given."""
+    def checksums(self) -> dict[Tensor, int]:
+        """Of the weights that would move if they were rounded again, or have a compensation, which belongs to them."""
+        wanted = (p for p, q in self.weights.items() if p in self.lost or stored.moves_again(q.rule.format))
+        return {p: stored.checksum(p) for p in wanted}
+
+    @torch.no_grad()
+    def expect(self, checksums: Mapping[Tensor, int]) -> None:
+        """A state of ours is loaded, with these weights: they may have come before it, or come after it."""
+        self._expected = dict(checksums)
+        for p, (raw, version) in self._raw.items():
+            if version == version_of(p) and stored.checksum(raw) == self._expected.get(p):
+                p.copy_(raw)
+                self._versions[p] = version_of(p)
+                if p in self.lost:
+                    self._before[p] = p.clone()
+        self._raw.clear()
+
+    def _rounded(self, p: Tensor, out: Tensor | None = None, again: bool = False) -> Tensor:
+        """What the parameter is, or should be: its accumulator, or what it is now, rounded, into `out` if given.
+
+        again: as it was rounded the last time.
+        """
         value = self.masters.get(p, p)
         step, call = self.rounded_at[p]
-        if p in self.weights:
-            return self.weights[p](value, call, step, out=out)
-        return value if out is None else out.copy_(value)
+        if p not in self.weights:
+            return value if out is None else out.copy_(value)
+        if again and p in self.rounded_by:
+            scale: Tensor | None = self.rounded_by[p].to(p.device)
+        elif (scale := self.weights[p].scale(value)) is not None:
+            self.rounded_by[p] = scale = scale.clone()
+        return self.weights[p](value, call, step, out=out, scale=scale)
 
     @torch.no_grad()
     def _take_over(self, p: Tensor, call: int = 0, compensate: bool = False, is_stored: bool = False) -> None:
@@ -183,6 +214,10 @@ class Weights:
             if self._is_known(p):
                 self._versions[p] = version_of(p)
                 if p in self.lost:
+                    before = self._before.get(p)
+                    is_another = before is not None and not torch.equal(p, before.to(p.device))
+                    if is_another and p not in self._aside and not self._is_expected(p):
+                        self._put_aside(p, before)
                     self._before[p] = p.clone()
             else:
                 self._take_over_from_outside(p, training)
@@ -200,8 +235,21 @@ class Weights:
                 self._take_back(p, aside)
                 return True
         if p in self.weights and p not in self.masters and stored.moves_again(self.weights[p].rule.format):
-            return stored.is_stored(p, self.weights[p].rule.format)
-        return torch.equal(p, self._rounded(p))
+            return self._is_stored(p)
+        return torch.equal(p, self._rounded(p, again=True))
+
+    def _is_stored(self, p: Tensor) -> bool:
+        """Whether the weight, of a format that moves again, consists of its numbers already."""
+        return self._is_expected(p) or stored.is_stored(p, self.weights[p].rule.format)
+
+    def _is_expected(self, p: Tensor) -> bool:
+        """Whether the weight is that of a state of ours that was loaded."""
+        return p in self._expected and stored.checksum(p) == self._expected[p]
+
+    def _put_aside(self, p: Tensor, weight: Tensor | None) -> None:
+        """What stands behind a weight that is replaced. weight: it, where it does not follow from the accumulator."""
+        master, lost = (None if x is None else x.clone() for x in (self.masters.get(p), self.lost.get(p)))
+        self._aside[p] = _Aside(weight, master, lost, self.rounded_at[p], self.rounded_by.get(p))
 
     def _take_back(self, p: Tensor, aside: _Aside) -> None:
         if aside.master is not None:
@@ -210,6 +258,8 @@ class Weights:
             self.lost[p].copy_(aside.lost)
             self._before[p] = p.clone()
         self.rounded_at[p] = aside.rounded_at
+        if aside.rounded_by is not None:
+            self.rounded_by[p] = aside.rounded_by
         del self._aside[p]
 
     def _take_over_from_outside(self, p: Tensor, training: bool) -> None:
@@ -221,13 +271,17 @@ class Weights:
         written = p.clone() if may_be_average else p
         if kept and p not in self._aside:
             weight = self._before.get(p) if p in self.lost else None
-            master, lost = (None if x is None else x.clone() for x in (self.masters.get(p), self.lost.get(p)))
-            if master is not None or weight is not None:
-                self._aside[p] = _Aside(weight, master, lost, self.rounded_at[p])
-        format = self.weights[p].rule.format if p in self.weights else None
-        is_stored = format is not None and stored.moves_again(format) and stored.is_stored(p, format)
+            if p in self.masters and p in self.rounded_by:  # by another scale by then
+                weight = self._rounded(p, again=True)
+            if p in self.masters or weight is not None:
+                self._put_aside(p, weight)
+        moves_again = p in self.weights and stored.moves_again(self.weights[p].rule.format)
+        is_stored = moves_again and self._is_stored(p)
+        raw = p.clone() if moves_again and not is_stored else None
         self.clock.writes += 1  # fresh noise each time: no step of ours may ever come between two of them
         self._take_over(p, _OUTSIDE + self.clock.writes, is_stored=is_stored)
+        if raw is not None:
+            self._raw[p] = raw, self._versions[p]
         if not torch.equal(written, p):
             self._said_copy = True
             warnings.warn(_COPY, stacklevel=2)
@@ -235,6 +289,8 @@ class Weights:
     @torch.no_grad()
     def enter(self, parameters: list[Tensor]) -> None:
         """Puts the accumulator where the optimizer finds these parameters."""
+        self._raw.clear()
+        self._expected.clear()
         for p in parameters:
             self._aside.pop(p, None)
             if p in self.masters:

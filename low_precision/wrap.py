@@ -12,18 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from low_precision import transforms
 from low_precision.by_layer import ByLayer, lines_of
 from low_precision.clock import Clock, next_seed
+from low_precision.delayed import is_delayed
 from low_precision.engines import choice
-from low_precision.errors import SettingError, nearest
+from low_precision.errors import SettingError, nearest, shown
 from low_precision.flow import place_of, replica_of, round_flowing
 from low_precision.formats import FLOAT32
 from low_precision.layers import LayerRounding
 from low_precision.model import LowPrecision
 from low_precision.noted import Coverage, Row
 from low_precision.optimizer import OptimizerRounding
+from low_precision.recipe import Recipe
+from low_precision.recipes import recipe_of
 from low_precision.rounding import AnyRounding, Overflow, Rounding, overflow_named, rounding_named
-from low_precision.rules import ELEMENTWISE, OPERANDS, PRODUCTS, Rule, Spec, overridden, rule_of
+from low_precision.rules import (
+    ELEMENTWISE,
+    OPERANDS,
+    PRODUCTS,
+    Rule,
+    Spec,
+    check_overflow,
+    is_of_optimizer,
+    overridden,
+    rule_at,
+    rule_of,
+)
 from low_precision.running import hidden
 from low_precision.scheme import Quantizer, Scheme
 from low_precision.torch_private import untraced, unwrapped
@@ -44,6 +59,8 @@ def quantize_model(
     layers: Iterable[str] | ByLayer | None = None,
     overflow: Overflow | str = Overflow.SATURATE,
     backend: str = "auto",
+    transform: transforms.Spec | None = None,
+    recipe: Recipe | str | None = None,
     **operands: Spec | None,
 ) -> nn.Module:
     """Round what `model` computes with, from now on: the same model, in place, weights rounded at once.
@@ -56,7 +73,11 @@ def quantize_model(
     round, see LowPrecision; or {pattern: None, or rules by site}, in order, later ones win, as layers={"head": None,
     "blocks.11.*": {"weights": "bfloat16"}}: None leaves these modules alone, and what is not named follows the model. A
     site there may be gradients, momentum or momentum.NAME too, "products", or "*": all that have a rule there so far.
-    operands: what products read, by site, **{"forward.inputs": "mxfp8_e4m3"}; "products" stands for all six.
+    operands: what products read, by site, **{"forward.inputs": "mxfp8_e4m3"}; "products" stands for all six. One may
+    name another, **{"dgrad.weights": "forward.weights>bfloat16"}. transform: what both operands of a product are
+    multiplied by before they are rounded, "wgrad=hadamard16:fixed", several texts, or a dict by product.
+    recipe: a name or a row of lp.RECIPES, whose rules hold where nothing else is passed; "float32" switches one of them
+    off. With a recipe of operands, they are rounded of products with a weight alone: not of attention's.
     A layer or parameter that is added or replaced later: RuntimeError at the next forward pass or step, until
     quantize_model(model), without a site, takes it in. What is compiled or parallel is wrapped after, or before: both
     work, with the same noise. Raises ValueError for unknown names and a model that is rounded already, TypeError for
@@ -71,16 +92,21 @@ def quantize_model(
     kept = {"accumulator": accumulator, "compensation": compensation, ELEMENTWISE: elementwise}
     of_operands = _rules(operands, rounding)
     of_all = {PRODUCTS: of_operands.pop(PRODUCTS)} if PRODUCTS in of_operands else {}
-    rules = overridden(_rules(sites | kept, rounding) | of_all, of_operands.items())
+    row = None if recipe is None else recipe_of(recipe)
+    others = (*_rules(sites | kept, rounding).items(), *of_all.items(), *of_operands.items())
+    rules = overridden(_of_recipe(row, of_model=True), others)
     _check_seed(seed)
     choice.check(backend)
     plain = unwrapped(model)
     low = LowPrecision.of(plain)
     lines = lines_of(layers, rounding) if isinstance(layers, Mapping) else ()
+    by_product = transforms.transforms_of(transform, _transforms_of(row))
     if low is None:
-        scheme = Scheme(rules, seed, overflow_named(overflow), backend, rounding_named(rounding), lines)
+        scheme = Scheme(rules, seed, overflow_named(overflow), backend, rounding_named(rounding), lines, by_product)
+        if row:
+            scheme = replace(scheme, weights_only=bool(row.operands), recipe=row, smallest_state=row.smallest_state)
         LowPrecision(plain, scheme, None if isinstance(layers, Mapping) else layers)
-    elif rules or layers is not None:
+    elif rules or row or by_product or layers is not None:
         raise ValueError("this model is rounded already: start from a new one, or give no site to take in new layers")
     else:
         low.extend()
@@ -94,7 +120,8 @@ def quantize_optimizer(
     gradients: Spec | None = None,
     momentum: Spec | None = None,
     rounding: AnyRounding | str | None = None,
-    loss_scale: float | str = 1.0,
+    loss_scale: float | str | None = None,
+    smallest_state: int | None = None,
     **states: Spec | None,
 ) -> torch.optim.Optimizer:
     """Round what `optimizer` does to a model of `quantize_model`: the same optimizer, in place.
@@ -104,9 +131,12 @@ def quantize_optimizer(
     momentum: as the sites of quantize_model. states: one of the optimizer's states by torch's name for it, over
     momentum: **{"momentum.exp_avg_sq": "bfloat16"}. Rules that the model's layers= has for single modules win over all
     of these. rounding: the model's unless given. Parameters that are not the model's stay in float32.
-    loss_scale: a number, or "dynamic" (LossScale): optimizer.loss_scale.scale(loss).backward(), and before what reads
-    gradients, as clipping does, optimizer.loss_scale.unscale(optimizer). A step on gradients of a loss that was not
+    What is not passed comes from the model's recipe, if it has one: these rules, loss_scale, smallest_state.
+    loss_scale: a number (1 where nothing says another one), or "dynamic" (LossScale):
+    optimizer.loss_scale.scale(loss).backward(), and before what reads gradients, as clipping does,
+    optimizer.loss_scale.unscale(optimizer). A step on gradients of a loss that was not
     scaled is a RuntimeError, and so is one by torch.amp.GradScaler.
+    smallest_state: a state of fewer numbers is not rounded (0 unless given); a warning names them once.
     Several optimizers may share a model. Raises ValueError for a model or an optimizer that does not fit. With the
     backend qtorch, returns qtorch's OptimLP around the optimizer.
     """
@@ -122,7 +152,15 @@ def quantize_optimizer(
         raise ValueError("quantize_optimizer: the optimizer has no parameter of this model: make it from parameters()")
     default = low.scheme.rounding if rounding is None else rounding
     rules = _rules({"gradients": gradients, "momentum": momentum, **states}, default)
-    attached = low.attach(optimizer, loss_scale, replace(low.scheme, rules=low.scheme.rules | rules))
+    row = low.scheme.recipe
+    of_optimizer = _of_recipe(row, of_model=False) | rules
+    if loss_scale is None:
+        loss_scale = row.loss_scale if row else 1.0
+    smallest = low.scheme.smallest_state if smallest_state is None else smallest_state
+    if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
+        raise SettingError("smallest_state", shown(smallest, repr), "a whole number >= 0")
+    scheme = replace(low.scheme, rules=low.scheme.rules | of_optimizer, smallest_state=smallest)
+    attached = low.attach(optimizer, loss_scale, scheme)
     if isinstance(hooks := getattr(attached, "low_precision", None), OptimizerRounding):
         wanted = [(line.site, line.rule) for line in low.scheme.lines] + list(rules.items())
         hooks.wants_states = any(site == "momentum" and rule.format != FLOAT32 for site, rule in wanted)
@@ -160,8 +198,11 @@ class Quantize(nn.Module):
         self.rules = {"value": rule_of(spec, rounding)} | _rules({"backward": backward}, rounding)
         overflow = overflow_named(overflow)
         for name, rule in self.rules.items():
-            if overflow is Overflow.INFINITY and not rule.format.has_infinity:
-                raise SettingError("overflow", "infinity", f"saturate ({name}: {rule.format} has no infinity)")
+            check_overflow(overflow, rule.format, name)
+            if is_delayed(rule.format):
+                raise SettingError(
+                    name, rule.format.name, "a scale that needs no optimizer, whose steps move a delayed one"
+                )
         self.clock = Clock(seed=next_seed() if seed is None else seed)
         self._value, self._error = (
             None if rule is None or rule.format == FLOAT32 else Quantizer(rule, names, self.clock, overflow, backend)
@@ -277,7 +318,11 @@ def _looked(low: LowPrecision, inputs: tuple[Any, ...], named: dict[str, Any]) -
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(sorted(d for d in devices if d is not None)), low.noting() as notes:
+        with (
+            torch.random.fork_rng(sorted(d for d in devices if d is not None)),
+            low.clock.delayed.standing(),
+            low.noting() as notes,
+        ):
             model(*inputs, **named)
     finally:
         low.clock.calls.clear()
@@ -307,13 +352,35 @@ def _rounded(model: nn.Module, call: str) -> LowPrecision:
     return low
 
 
+def _of_recipe(recipe: Recipe | None, of_model: bool) -> dict[str, Rule]:
+    """A recipe's rules, those of the model or those of its optimizer; errors name the recipe and the site."""
+    texts = {} if recipe is None else recipe.rules
+    of_these = {site: text for site, text in texts.items() if is_of_optimizer(site) != of_model}
+    try:
+        return _rules(of_these, Rounding.NEAREST)
+    except SettingError as error:
+        assert recipe is not None
+        name = f"recipe {recipe.name}: {error.setting}"
+        raise SettingError(name, error.value, error.allowed, error.nearest, error.note) from None
+
+
+def _transforms_of(recipe: Recipe | None) -> Mapping[str, transforms.Transform]:
+    """A recipe's transforms; errors name the recipe."""
+    try:
+        return transforms.transforms_of(recipe.transforms if recipe else None)
+    except SettingError as error:
+        assert recipe is not None
+        name = f"recipe {recipe.name}: {error.setting}"
+        raise SettingError(name, error.value, error.allowed, error.nearest, error.note) from None
+
+
 def _rules(specs: Mapping[str, Spec | None], rounding: AnyRounding | str) -> dict[str, Rule]:
     """The rules of these sites; errors name the site."""
     rules = {}
     for site, spec in specs.items():
         try:
             if spec is not None:
-                rules[site] = rule_of(spec, rounding)
+                rules[site] = rule_at(site, spec, rounding)
         except SettingError as error:
             name = f"{site}: {error.setting}"
             raise SettingError(name, error.value, error.allowed, error.nearest, error.note) from None

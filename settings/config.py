@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from data import DATASETS
 from low_precision.errors import SettingError, nearest, shown
-from low_precision.formats import FLOAT32, BlockFormat, format_named
+from low_precision.formats import FLOAT32, BlockFormat, Format, digest_of_file, format_named
 from low_precision.rounding import Overflow, Rounding, is_random, overflow_named, rounding_named
 from low_precision.rules import (
     ADDED_SITES,
@@ -33,6 +34,7 @@ from low_precision.rules import (
     site_line,
     state_of,
 )
+from low_precision.transforms import Transform, transforms_of
 from settings import kinds
 from settings.kinds import Kind
 
@@ -42,11 +44,15 @@ OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAM
     "sgd": ("momentum_buffer",),  # where there is a momentum
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "collage": ("exp_avg", "exp_avg_sq", "weight_rest", "exp_avg_sq_rest"),  # AdamW in bfloat16, of pairs
 }
 
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
-RULES_FIELDS = ("precision", "rounding", "quantize", "site")  # what they decide is in Config.rules
+# At their defaults these are not in a record, so that those of before keep their bytes.
+ADDED_LATER = ("recipe", "smallest_state", "transform")
+# What they decide is in Config.rules and Config.lines.
+RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
 
 
 class ConfigError(SettingError):
@@ -114,6 +120,13 @@ class Config:
     device: str = _setting(
         "auto", "training", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there"
     )
+    recipe: str | None = _setting(
+        None,
+        "rounding",
+        kinds.or_none(kinds.RECIPE),
+        "the recipe that rules of operands in site are from, so that they are for products with a weight alone",
+        default_text="none",
+    )
     precision: str = _setting("float32", "rounding", kinds.FORMAT, "number format of the rounded sites")
     rounding: str = _setting("nearest", "rounding", kinds.ROUNDING, "rounding of the rounded sites")
     quantize: tuple[str, ...] = _setting(
@@ -134,6 +147,15 @@ class Config:
         "a site in a format of its own, e.g. accumulator=float16:stochastic or momentum.exp_avg_sq=bfloat16; with a"
         " PATTERN, in the modules whose names it matches alone, e.g. 'stage3.*/weights=bfloat16' or 'fc/*=float32';"
         " repeatable, later ones win",
+        default_text="none",
+    )
+    transform: tuple[str, ...] = _setting(
+        (),
+        "rounding",
+        kinds.TRANSFORM,
+        "what both operands of a product are multiplied by along its sum before they are rounded, of all three where no"
+        " PRODUCT is named; fixed, random: the signs of the numbers; bfloat16: the result is rounded to it; repeatable,"
+        " later ones win",
         default_text="none",
     )
     layers: tuple[str, ...] | None = _setting(
@@ -157,6 +179,9 @@ class Config:
         "rounding",
         Kind(f"{kinds.FACTOR.allowed}, or dynamic", kinds.loss_scale),
         "factor on the loss, divided out of the gradients",
+    )
+    smallest_state: int = _setting(
+        0, "rounding", kinds.whole(0), "what the optimizer keeps of a parameter with fewer numbers is not rounded"
     )
     backend: str = _setting(
         "auto",
@@ -206,10 +231,17 @@ class Config:
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
         self._check_states()
         rules = self.rules()
+        if self.recipe and not any(site_line(text).site in (*OPERANDS, PRODUCTS) for text in self.site):
+            allowed = "None, or with the rules of its operands in site: settings.recipes.with_recipe gives both"
+            raise refused("recipe", self.recipe, allowed)
         try:
             check_rules(rules, overflow_named(self.overflow), self.lines())
         except SettingError as error:
             raise ConfigError.of(error) from None
+        for site, rule in (*rules.items(), *((line.left_side, line.rule) for line in self.lines())):
+            if isinstance(rule.format, Format) and not rule.format.fits_float32:
+                allowed = f"a format whose values are float32 numbers, as a run's are (those of {rule.format} are not)"
+                raise refused("precision" if rule.format.name == self.precision else "site", f"{site}={rule}", allowed)
         if self.backend == "qtorch":
             self._check_qtorch(rules)
 
@@ -230,20 +262,29 @@ class Config:
         others = "auto, eager, fused"
         if by_layer := [line for line in self.lines() if line.pattern is not None]:
             raise refused("backend", "qtorch", f"{others} (--site {by_layer[0]}: qtorch rounds all modules alike)")
+        if self.smallest_state:
+            raise refused("backend", "qtorch", f"{others} (--smallest-state: qtorch rounds all states alike)")
         for site, rule in rules.items():
             shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
-            fixed = not isinstance(rule.format, BlockFormat) and not rule.format.exponent_bits
+            fixed = isinstance(rule.format, Format) and not rule.format.exponent_bits
             if not (shared or fixed or rule.format.name in ("float8", "float16", "float32")):
                 raise refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
             if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
                 raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
-        unknown = self.loss_scale == "dynamic" or self.layers or self.optimizer == "adamw" or "compensation" in rules
+        unknown = (
+            self.loss_scale == "dynamic"
+            or self.layers
+            or self.optimizer in ("adamw", "collage")
+            or "compensation" in rules
+        )
         if unknown or any(state_of(site) is not None or site in (ELEMENTWISE, *OPERANDS) for site in rules):
             lacks = (
-                "no dynamic loss scale, no choice of layers, no adamw, no compensation, no momentum.NAME, no operands,"
-                " no elementwise"
+                "no dynamic loss scale, no choice of layers, no adamw, no collage, no compensation, no momentum.NAME,"
+                " no operands, no elementwise"
             )
             raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
+        if self.transforms():
+            raise refused("backend", "qtorch", f"{others} (--transform {self.transform[0]}: qtorch has no operands)")
 
     @classmethod
     def make(cls, **settings: Any) -> Config:
@@ -263,7 +304,12 @@ class Config:
         return cls.make(**settings)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.as_dict(), indent=2) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by field, as records hold them."""
+        settings = asdict(self)
+        return {n: value for n, value in settings.items() if n not in ADDED_LATER or value != getattr(Config, n)}
 
     def resolved(self) -> Config:
         """The same run with nothing left to defaults that depend on other settings."""
@@ -293,11 +339,17 @@ class Config:
         first = next((i for i, line in enumerate(lines) if line.pattern is not None), len(lines))
         return tuple(lines[first:])
 
+    def transforms(self) -> dict[str, Transform]:
+        """What the operands of each product are multiplied by before they are rounded."""
+        return transforms_of(self.transform)
+
     @property
     def label(self) -> str:
-        """DATASET-PRECISION-ROUNDING: the run's name but for its seed."""
-        rounding = self.rounding.replace(":", "-")  # no file system minds that
-        return "-".join([self.dataset, self.precision, *([rounding] if self.precision != FLOAT32.name else [])])
+        """DATASET-PRECISION-ROUNDING, or DATASET-RECIPE where one sets operands: the run's name but for its seed."""
+        if self.recipe:
+            return f"{self.dataset}-{self.recipe}"
+        parts = [self.dataset, self.precision, *([self.rounding] if self.precision != FLOAT32.name else [])]
+        return "-".join(re.sub(r"[:/\\\s]", "-", part) for part in parts)  # no file system minds that
 
     @property
     def name(self) -> str:
@@ -329,25 +381,34 @@ class Config:
     def _decisive(self) -> dict[str, Any]:
         """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference.
 
-        "lines" are there only where some are for single modules, so that the runs without keep their folders' names.
+        "lines" are there only where some are for single modules, and "transform" where there is one, so that the runs
+        without keep their folders' names.
         """
-        rules, lines = self.rules(), self.lines()
+        rules, lines, transforms = self.rules(), self.lines(), self.transforms()
         if not rules and not any(is_there(line.site, line.rule) for line in lines):
             lines = ()
         others = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
-        for name in (*INDECISIVE, *RULES_FIELDS):
+        for name in (*INDECISIVE, *RULES_FIELDS, "transform"):
             del others[name]
+        sites = [*rules, *(line.site for line in lines)]
+        if not (self.smallest_state and any(site.partition(".")[0] in ("momentum", EVERY) for site in sites)):
+            del others["smallest_state"]
         all_rules = [*rules.values(), *(line.rule for line in lines)]
-        stochastic = any(is_random(r.rounding) and r.format != FLOAT32 for r in all_rules)
+        draws = any(transform.draws for transform in transforms.values())
+        draws = draws or any(is_random(r.rounding) and r.format != FLOAT32 for r in all_rules)
+        files = {r.format.name: digest for r in all_rules if (digest := digest_of_file(r.format))}
         decisive = others | {
             "rules": {site: str(rule) for site, rule in rules.items()},
             "model": self.model_name,
-            "rounding_seed": self.noise_seed if stochastic else None,
+            "rounding_seed": self.noise_seed if draws else None,
             "overflow": self.overflow if all_rules else None,
-            "layers": self.layers if all_rules else None,
+            "layers": self.layers if all_rules or transforms else None,
             "backend": "qtorch" if self.backend == "qtorch" and rules else None,  # our engines give the same bits
         }
-        return decisive | {"lines": [str(line) for line in lines]} if lines else decisive
+        decisive |= {"files": files} if files else {}
+        decisive |= {"lines": [str(line) for line in lines]} if lines else {}
+        decisive |= {"transform": {p: str(t) for p, t in transforms.items()}} if transforms else {}
+        return decisive | {"recipe": self.recipe} if self.recipe else decisive
 
 
 def _convert(f: Field, value: Any) -> Any:

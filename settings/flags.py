@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 
 from low_precision import formats
 from low_precision.errors import nearest, shown
+from low_precision.recipe import Recipe
 from low_precision.rules import LINE_FORM, SITE_NAMES
+from low_precision.transforms import FORM as TRANSFORM_FORM
 from settings.config import Config, ConfigError, flag
-from settings.recipes import RECIPES, with_recipe
+from settings.recipes import NONE, RECIPES, settings_of, with_recipe
 
 GROUPS = {
     "data": "what is learned from",
@@ -20,7 +22,7 @@ GROUPS = {
     "records": "where the record goes",
 }
 RESUMABLE = "the folder of a record"
-REPEATABLE = ("site",)  # the flags that may be given several times
+REPEATABLE = ("site", "transform")  # the flags that may be given several times
 TABLES = ("list_formats", "list_recipes")  # the flags that print a table instead of a run
 
 
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         name, _, what = message.removeprefix("argument ").partition(": ")
         if what == "expected one argument":
             allowed = {flag(f.name): f.metadata["kind"].allowed for f in fields(Config)}
-            allowed |= {"--recipe": ", ".join(RECIPES), "--resume": RESUMABLE}
+            allowed |= {"--recipe": ", ".join((*RECIPES, NONE)), "--resume": RESUMABLE}
             note = f" ({name}=VALUE where VALUE begins with -)"
             raise ConfigError(name, "nothing", allowed.get(name, "a value"), note=note)
         raise ConfigError(name, what.removeprefix("ignored explicit argument "), "no value")
@@ -58,13 +60,18 @@ def parser() -> Parser:
     )
     groups = {name: made.add_argument_group(f"{name}: {text}") for name, text in GROUPS.items()}
     for f in fields(Config):
+        if f.name == "recipe":  # of which the flag gives the rules too
+            continue
         about = f.metadata
         text = f"{about['help']}. {about['kind'].allowed} [default: {about['default']}]".replace("%", "%%")
         action = "append" if f.name in REPEATABLE else "store"
-        metavar = LINE_FORM if f.name == "site" else f.name.upper()
+        metavar = {"site": LINE_FORM, "transform": TRANSFORM_FORM}.get(f.name, f.name.upper())
         groups[about["group"]].add_argument(flag(f.name), action=action, metavar=metavar, help=text, dest=f.name)
     groups["rounding"].add_argument(
-        "--recipe", metavar="RECIPE", help=f"a named set of flags; explicit ones win over it. {', '.join(RECIPES)}"
+        "--recipe",
+        metavar="RECIPE",
+        help=f"rules of the field, see --list-recipes; explicit flags win over it. {', '.join((*RECIPES, NONE))}"
+        " [default: none]",
     )
     groups["records"].add_argument(
         "--resume",
@@ -90,12 +97,18 @@ def config_of(flags: Sequence[str]) -> Config:
 def flags_of(config: Config, without: Sequence[str] = ()) -> list[str]:
     """The flags that ask for this run: those that differ from their defaults, but for the fields `without`.
 
-    config_of(flags_of(config)) == config.
+    config_of(flags_of(config)) == config, where a recipe has the rules that it had when the run was made.
     """
     words: list[str] = []
+    recipe = None if "recipe" in without else RECIPES.get(config.recipe or "")
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(Config)}
+    if recipe:  # else it was a row of another process, whose rules are all here
+        defaults |= settings_of(recipe) | dict.fromkeys(REPEATABLE, ()) | {"recipe": None}
     for f in fields(Config):
         value = getattr(config, f.name)
-        if value == f.default or f.name in without:
+        if f.name in REPEATABLE and recipe:
+            value = _beside(recipe, f.name, value)
+        if value == defaults[f.name] or f.name in without:
             continue
         if f.name in REPEATABLE:
             texts = list(value)
@@ -107,3 +120,12 @@ def flags_of(config: Config, without: Sequence[str] = ()) -> list[str]:
             # argparse takes a value that begins with a minus sign only in this form.
             words += [f"{flag(f.name)}={text}"] if text.startswith("-") else [flag(f.name), text]
     return words
+
+
+def _beside(recipe: Recipe, name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """What has to be said beside a recipe so that a repeatable flag has these texts."""
+    of_recipe = with_recipe(recipe, {}).get(name, ())
+    if of_recipe and not texts:
+        return (NONE,)  # no transform at all
+    others = tuple(text for text in texts if text not in of_recipe)
+    return others if with_recipe(recipe, {name: others} if others else {}).get(name, ()) == texts else texts

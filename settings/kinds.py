@@ -11,8 +11,11 @@ from typing import Any
 
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
+from low_precision.recipe import is_recipe_name
 from low_precision.rounding import ROUNDING_NAMES, rounding_named
 from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, SITES, check_site, in_order, is_site, site_line
+from low_precision.transforms import ALLOWED as transforms_allowed
+from low_precision.transforms import product_transforms, texts_of, transforms_of
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,29 @@ def overrides(value: Any) -> tuple[str, ...]:
     return texts
 
 
+def transforms(value: Any) -> tuple[str, ...]:
+    """[PRODUCT=]TRANSFORM, one or a sequence of them, each left side once; "none" and nothing else: none at all."""
+    texts = texts_of(value)
+    left_sides = [text.rpartition("=")[0] for text in texts if product_transforms(text)]
+    if twice := [left for number, left in enumerate(left_sides) if left in left_sides[:number]]:
+        name = twice[0] or "one without a PRODUCT"
+        raise SettingError(None, shown(value), "", note=f" ({name} stands there twice)")
+    return texts if transforms_of(texts) else ()
+
+
 def patterns(value: Any) -> tuple[str, ...]:
     """Name patterns, at least one, from "stage1.*,fc" or a sequence of them; none that no flag could name."""
     chosen = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
     if not chosen or any(not pattern or pattern != pattern.strip() or "," in pattern for pattern in chosen):
         raise ValueError
     return chosen
+
+
+def recipe_name(value: Any) -> str:
+    """A recipe's name, of one that is known today or of another one."""
+    if not is_recipe_name(value):
+        raise ValueError
+    return str(value)
 
 
 def interval(value: Any) -> str:
@@ -161,5 +181,7 @@ NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
 FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
 FORMAT = Kind(FORMAT_NAMES, format_name)
 ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
+TRANSFORM = Kind(transforms_allowed, transforms)
 FOLDER = Kind("a folder", folder)
 NAME = Kind("a name", text)
+RECIPE = Kind("a recipe's name", recipe_name)

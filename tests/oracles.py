@@ -57,6 +57,11 @@ def round_exactly(x: float, fmt: Format, rounding: Rounding) -> tuple[Fraction, 
         result = high
     elif rounding is Rounding.TOWARD_ZERO:
         result = nearer_zero
+    elif rounding is Rounding.TO_ODD:
+        code = round(abs(nearer_zero) / last)  # of the values with this exponent
+        if fmt.mantissa_bits == 0 and code:
+            code = exponent + fmt.bias
+        result = nearer_zero if code % 2 == 1 else farther
     elif abs(exact - low) != abs(exact - high):
         result = low if exact - low < high - exact else high
     elif rounding is Rounding.NEAREST_AWAY:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from low_precision.engines.tasks import CannotCompile, because
 from low_precision.errors import SettingError, nearest, shown
-from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
+from low_precision.formats import FLOAT32, AnyFormat, BlockFormat, Format
 from low_precision.noise import Key
 from low_precision.rounding import AnyRounding, Overflow
+from low_precision.tables import Table
 
 ENGINES = ("eager", "fused", "qtorch")  # those to choose; CUDA's is chosen by the device
 
@@ -45,6 +46,7 @@ def quantize(
     dim: int,
     out: Tensor | None,
     backend: str,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """tensor.quantize of plain tensors (door.is_plain), its arguments checked, but for `backend`."""
     check(backend)
@@ -62,9 +64,10 @@ def quantize(
         return result if out is None else out.copy_(result)
     global _spent
     timed = False
-    if x.device.type == "cuda" and backend != "eager":
+    expands = isinstance(format, BlockFormat) and format.scaling.kind == "expand"  # powers, which no other engine has
+    if x.device.type == "cuda" and backend != "eager" and not expands:
         engine = _or_eager("cuda")
-    elif x.device.type != "cpu" or backend == "eager":
+    elif x.device.type != "cpu" or backend == "eager" or expands:
         engine = _load("eager")
     elif backend == "fused":
         engine = _load("fused")
@@ -77,11 +80,11 @@ def quantize(
         torch.set_flush_denormal(False)
     start = time.perf_counter() if timed else 0.0
     try:
-        rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out)
+        rounded: Tensor = engine.quantize(x, format, rounding, overflow, key, dim, out, scale)
     except CannotCompile as error:
         if backend == "fused" and x.device.type == "cpu":
             raise
-        rounded = _give_up(engine, error).quantize(x, format, rounding, overflow, key, dim, out)
+        rounded = _give_up(engine, error).quantize(x, format, rounding, overflow, key, dim, out, scale)
     finally:
         if flushes:
             torch.set_flush_denormal(True)
@@ -104,6 +107,18 @@ def in_use(backend: str, device: torch.device) -> str:
     else:
         return "eager"
     return engine.__name__.rpartition(".")[2]
+
+
+def loops(backend: str) -> ModuleType | None:
+    """engines/rotation.py, where the fused engine computes what is on the CPU by now."""
+    if backend != "fused" and in_use(backend, torch.device("cpu")) != "fused":
+        return None
+    try:
+        return _load("rotation")
+    except CannotCompile:
+        if backend == "fused":
+            raise
+        return None
 
 
 @functools.cache
@@ -148,7 +163,7 @@ def _within(format: AnyFormat, dtype: torch.dtype) -> AnyFormat:
 
     A block's scale follows the type anyway; see blocks.narrowed.
     """
-    if isinstance(format, BlockFormat) or format.largest <= torch.finfo(dtype).max:
+    if not isinstance(format, Format) or format.largest <= torch.finfo(dtype).max:
         return format
     return dataclasses.replace(format, largest=torch.finfo(dtype).max, twos_complement=False)
 
@@ -157,16 +172,23 @@ def _within(format: AnyFormat, dtype: torch.dtype) -> AnyFormat:
 def holds(dtype: torch.dtype, format: AnyFormat) -> bool:
     """Whether numbers of that floating-point type become numbers of the same type when they are rounded to `format`.
 
-    A value of the type lies on the format's grid, or its neighbours there have no more digits than itself. So what
-    matters is the largest value, in a block as large as its scale: it must be one of the type's, or out of its reach.
+    float32 holds every format but those whose values are float64 numbers alone. A value of a narrower type lies on the
+    format's grid, or its neighbours there have no more digits than itself. So what matters is the largest value, in a
+    block as large as its scale: it must be one of the type's, or out of its reach.
     """
-    if dtype in (torch.float32, torch.float64):
+    if dtype == torch.float64:
+        return True
+    if isinstance(format, Format) and not format.fits_float32:
+        return False
+    if dtype == torch.float32:
         return True
     if dtype not in (torch.float16, torch.bfloat16):
         return False
     limits = torch.finfo(dtype)
+    if isinstance(format, Table):
+        return all(abs(value) <= limits.max and _is_number(value, limits) for value in format.values)
     if isinstance(format, BlockFormat):
-        return format.scale is None or dtype == torch.bfloat16  # a scale of NVFP4 may be larger than its block's needs
+        return format.scaling.is_power or format.scaling.kind in ("pow2", "quest")  # with powers of two as scales
     if format.largest > limits.max:
         return bool(2.0**-format.mantissa_bits <= limits.eps)
     return all(_is_number(value, limits) for value in (format.largest, format.lowest))

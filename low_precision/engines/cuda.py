@@ -15,16 +15,20 @@ from low_precision.engines import door, eager
 from low_precision.engines.parameters import (
     DOWN,
     FEW_BITS,
+    INFINITE,
     NEAREST,
     NEAREST_AWAY,
+    PROPAGATE,
     STOCHASTIC,
+    TO_ODD,
     TOWARD_ZERO,
     UP,
     mode_of,
+    overflow_of,
     parameters,
 )
 from low_precision.engines.tasks import CannotCompile, because
-from low_precision.formats import AnyFormat, BlockFormat, Format
+from low_precision.formats import AnyFormat, Format
 from low_precision.noise import GAMMA, MIX_MULTIPLIERS, MIX_SHIFTS, MULTIPLIERS, SHIFTS, Key
 from low_precision.rounding import AnyRounding, Overflow
 
@@ -34,7 +38,8 @@ _PIECE = 2**30  # elements a launch: indices within one fit in 32 bits, and none
 # A kernel of Triton's sees those numbers of a module alone that are `constexpr`.
 _NEAREST, _NEAREST_AWAY, _TOWARD_ZERO = tl.constexpr(NEAREST), tl.constexpr(NEAREST_AWAY), tl.constexpr(TOWARD_ZERO)
 _UP, _DOWN = tl.constexpr(UP), tl.constexpr(DOWN)
-_STOCHASTIC, _FEW_BITS = tl.constexpr(STOCHASTIC), tl.constexpr(FEW_BITS)
+_TO_ODD, _STOCHASTIC, _FEW_BITS = tl.constexpr(TO_ODD), tl.constexpr(STOCHASTIC), tl.constexpr(FEW_BITS)
+_PROPAGATE, _INFINITE = tl.constexpr(PROPAGATE), tl.constexpr(INFINITE)
 _MAGNITUDE, _INFINITY, _SIGN = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000), tl.constexpr(0x80000000)
 _NAN_FLOAT16, _NAN_BFLOAT16 = (tl.constexpr(NAN_BITS[dtype] % 2**16) for dtype in (torch.float16, torch.bfloat16))
 _SHIFT_0, _SHIFT_1, _SHIFT_2, _SHIFT_3 = (tl.constexpr(shift) for shift in SHIFTS)
@@ -82,7 +87,7 @@ def _round(
     channels,
     pixels,
     MODE: tl.constexpr,
-    IEEE: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     NORMAL_DROP: tl.constexpr,
     LOWEST_LEVEL: tl.constexpr,
@@ -94,6 +99,9 @@ def _round(
     SIGNED_ZERO: tl.constexpr,
     RANDOM_BITS: tl.constexpr,
     HALF_OFFSET: tl.constexpr,
+    EVEN: tl.constexpr,
+    UNSIGNED: tl.constexpr,
+    ENDS_ODD: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Rounds `count` numbers. first: the index of the first one; the capitals: parameters.Parameters.
@@ -121,11 +129,13 @@ def _round(
     below = (tl.full((TILE,), 1, tl.uint32) << drop) - 1
     reached = significand
     added = tl.zeros((TILE,), tl.uint32)
+    last = significand >> drop
+    if MANTISSA == 0:
+        last += level - LOWEST_LEVEL
     if MODE == _NEAREST:
-        last = significand >> drop
-        if MANTISSA == 0:
-            last += level - LOWEST_LEVEL
         added = (below + (last & 1)) >> 1
+    if MODE == _TO_ODD:
+        added = tl.where((last & 1) == 0, below, 0)
     if MODE == _NEAREST_AWAY:
         added = (below + 1) >> 1
     if MODE == _UP:
@@ -140,7 +150,12 @@ def _round(
             added = (added >> unused) << unused
             if HALF_OFFSET:
                 added = added | ((tl.full((TILE,), 1, tl.uint32) << unused) >> 1)
-            reached = significand >> tl.minimum(whole_drop - drop, 31)
+            too_far = tl.minimum(whole_drop - drop, 31)
+            reached = significand >> too_far
+            if EVEN:
+                reached = reached | ((reached << too_far) != significand).to(tl.uint32)
+                one = tl.full((TILE,), 1, tl.uint32) << unused
+                added = added | ((one - 1 + ((reached >> unused) & 1)) >> 1)
     rounded = (reached + added) >> drop
     if SAME_BIAS:
         result = (rounded << drop) + (scale << 23)
@@ -165,8 +180,10 @@ def _round(
             result = tl.where(deep, tl.where(up, smallest, 0), result)
 
     limit = tl.where(negative, tl.full((TILE,), LARGEST_NEGATIVE, tl.uint32), tl.full((TILE,), LARGEST, tl.uint32))
-    if IEEE:
-        infinite = tl.full((TILE,), _INFINITY, tl.uint32)
+    infinite = tl.full((TILE,), _INFINITY, tl.uint32)
+    if OVERFLOW == _INFINITE:
+        if UNSIGNED:  # a NaN below zero
+            infinite = tl.where(negative, tl.full((TILE,), _MAGNITUDE, tl.uint32), infinite)
         beyond = infinite
         if MODE == _TOWARD_ZERO:
             beyond = limit
@@ -174,10 +191,18 @@ def _round(
             beyond = tl.where(negative, limit, infinite)
         if MODE == _DOWN:
             beyond = tl.where(negative, infinite, limit)
+        if MODE == _TO_ODD and ENDS_ODD:
+            beyond = limit
+            if UNSIGNED:
+                beyond = tl.where(negative, infinite, limit)
         result = tl.where(result > limit, beyond, result)
         result = tl.where(magnitude == _INFINITY, infinite, result)
     else:
         result = tl.minimum(result, limit)
+        if OVERFLOW == _PROPAGATE:
+            if UNSIGNED:
+                infinite = tl.where(negative, 0, infinite)
+            result = tl.where(magnitude == _INFINITY, infinite, result)
     result = tl.where(magnitude > _INFINITY, tl.full((TILE,), _MAGNITUDE, tl.uint32), result)
     sign = bits & _SIGN
     if not SIGNED_ZERO:
@@ -199,13 +224,17 @@ def quantize(
     key: Key | None,
     dim: int = -1,
     out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """Round `x` of any shape and strides, on CUDA; see tensor.quantize. float64 and blocks are left to eager."""
+    """Round `x` of any shape and strides, on CUDA; see tensor.quantize. float64 and tables are left to eager.
+
+    Of groups that share a scale, eager does what is not the rounding to elements.
+    """
     first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
     images = x.ndim in (4, 5) and x.movedim(1, -1).is_contiguous()
     images &= x.numel() <= _PIECE and first % 2**32 + x.numel() <= 2**32
-    if isinstance(fmt, BlockFormat) or x.dtype == torch.float64:
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+    if not isinstance(fmt, Format) or x.dtype == torch.float64 or fmt.needs_float64:
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out, scale, by=_BY)
     result = torch.empty_like(x) if out is None else out
     apart = out is None or door.are_apart(x, out)
     if apart and x.stride() == result.stride() and (x.is_contiguous() or images):
@@ -215,6 +244,20 @@ def quantize(
         _launch(contiguous, contiguous, fmt, rounding, overflow, key, first, False)
         result.copy_(contiguous)
     return result
+
+
+def _to_format(
+    flat: Tensor, fmt: Format, rounding: AnyRounding, overflow: Overflow, key: Key | None, first: int
+) -> Tensor:
+    """As eager does it."""
+    if flat.dtype == torch.float64 or fmt.needs_float64:
+        return eager.By().to_format(flat, fmt, rounding, overflow, key, first)
+    rounded = torch.empty_like(flat)
+    _launch(flat, rounded, fmt, rounding, overflow, key, first, False)
+    return rounded
+
+
+_BY = eager.By(_to_format, powers_in_float32=True)
 
 
 def _launch(
@@ -246,7 +289,7 @@ def _launch(
                 channels=channels,
                 pixels=pixels,
                 MODE=mode_of(rounding),
-                IEEE=overflow is Overflow.INFINITY,
+                OVERFLOW=overflow_of(overflow, fmt),
                 CHANNELS_LAST=channels_last,
                 NORMAL_DROP=numbers.normal_drop,
                 LOWEST_LEVEL=numbers.lowest_level,
@@ -258,6 +301,9 @@ def _launch(
                 SIGNED_ZERO=numbers.signed_zero,
                 RANDOM_BITS=numbers.random_bits,
                 HALF_OFFSET=numbers.half_offset,
+                EVEN=numbers.even,
+                UNSIGNED=numbers.unsigned,
+                ENDS_ODD=numbers.ends_odd,
                 TILE=_TILE,
             )
         except Exception as error:  # no compiler for what starts a kernel, no folder for Triton's cache, and the like

@@ -1,39 +1,44 @@
 """The fused engine: one pass over memory on all cores, bit for bit what engines/eager.py gives.
 
-The loops are in engines/loops.py and loops64.py. As many threads as torch has take pieces of the tensor in turn; where
-torch has them from GNU OpenMP, as on Linux, they are the same threads, which wait for work when an operation of torch
-ends.
+The loops are in engines/loops.py, loops64.py, lanes.py and scaled.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from low_precision import blocks
-from low_precision.engines import door, eager, lanes, loops, loops64
+from low_precision.engines import door, eager, lanes, loops, loops64, scaled_lines, table_loops
 from low_precision.engines.group import GROUP
 from low_precision.engines.lanes import LANES
+from low_precision.engines.lines import is_dense
 from low_precision.engines.lines import lines as lines_of
-from low_precision.engines.parameters import Parameters, bits, bits64, mode_of, parameters, parameters64
-from low_precision.engines.tasks import BlocksTask, ImagesTask, LinesTask, MaximaTask, RoundingTask, ScaledTask, Task
+from low_precision.engines.parameters import (
+    SATURATE,
+    Parameters,
+    bits,
+    mode_of,
+    overflow_of,
+    parameters,
+    parameters64,
+)
+from low_precision.engines.tasks import BlocksTask, ImagesTask, LinesTask, RoundingTask
+from low_precision.engines.threads import ALONE, PIECE, run
 from low_precision.formats import AnyFormat, BlockFormat, Format
 from low_precision.noise import Key
-from low_precision.rounding import AnyRounding, Overflow
+from low_precision.rounding import AnyRounding, Overflow, Rounding
+from low_precision.tables import Table
 
-PIECE = 2**15  # elements that a thread takes at a time
-_ALONE = 2**16  # up to so many elements, the calling thread does the work alone
+_SCALED = 2**17  # how many numbers of blocks are multiplied at a time, in the cache
 _HALVES = 2**18  # how many of a float16 or bfloat16 tensor are float32 numbers at a time, in the cache
+
+
+_BY = eager.By(to_table=table_loops.round_table, powers_in_float32=True)
 
 
 def quantize(
@@ -44,29 +49,36 @@ def quantize(
     key: Key | None,
     dim: int = -1,
     out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Round `x` of any shape and strides, on the CPU; see tensor.quantize. Few rare cases are left to eager."""
     first = key.first_element(len(x), x.numel()) if key and key.first_row else 0
     if first % PIECE and first % 2**32 + x.numel() > 2**32:  # a piece would take words of two blocks of 2**32
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out, scale)
+    if isinstance(fmt, Table):
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out, by=_BY)
     if isinstance(fmt, BlockFormat):
-        return _quantize_blocks(x, fmt, rounding, overflow, key, dim, out)
-    infinity = overflow is Overflow.INFINITY
-    if x.dtype == torch.float64:
-        return _quantize_float64(x, fmt, rounding, infinity, key, first, out)
+        return _quantize_blocks(x, fmt, rounding, overflow, key, dim, out, scale)
+    beyond = overflow_of(overflow, fmt)
+    if x.dtype == torch.float64 or fmt.needs_float64:
+        if fmt.smallest_subnormal < torch.finfo(torch.float64).tiny:
+            return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+        return _in_float64(x, fmt, rounding, beyond, key, first, out)
     stored = _stored(fmt, rounding)
     result = torch.empty_like(x) if out is None else out
     apart = out is None or door.are_apart(x, out)
     if apart and x.is_contiguous() and result.is_contiguous():
-        _flat(stored, infinity, x, result, key, first)
-    elif apart and key is None and x.stride() == result.stride() and _is_dense(x):  # then no element's index matters
+        _flat(stored, beyond, x, result, key, first)
+    elif (
+        apart and key is None and x.stride() == result.stride() and is_dense(x.shape, x.stride())
+    ):  # then no element's index matters
         source, target = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in (x, result))
-        _flat(stored, infinity, source, target, key, first)
+        _flat(stored, beyond, source, target, key, first)
     elif apart and key is not None and _is_of_images(x, result) and first + x.numel() <= 2**32:
-        _channels_last(stored, infinity, x, result, key, first)
+        _channels_last(stored, beyond, x, result, key, first)
     else:
         contiguous = x.clone(memory_format=torch.contiguous_format)  # never x itself
-        _flat(stored, infinity, contiguous, contiguous, key, first)
+        _flat(stored, beyond, contiguous, contiguous, key, first)
         result.copy_(contiguous)
     return result
 
@@ -78,19 +90,9 @@ def _is_of_images(x: Tensor, result: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a piece of memory, in whatever order."""
-    place = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != place:
-            return False
-        place *= size
-    return True
-
-
-def _flat(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, key: Key | None, first: int) -> None:
+def _flat(stored: _StoredParameters, beyond: int, x: Tensor, result: Tensor, key: Key | None, first: int) -> None:
     """x, result: contiguous, float32 or, by way of it, another type."""
-    kernel = loops.flat(stored.mode, infinity)
+    kernel = loops.flat(stored.mode, beyond)
     if x.dtype == torch.float32:
         task = RoundingTask(
             source=x.data_ptr(),
@@ -101,18 +103,18 @@ def _flat(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, 
             parameters=stored.address,
             first=first,
         )
-        _run(kernel, task)
+        run(kernel, task)
         return
     flat, rounded = x.view(-1), result.view(-1)
     for start in range(0, len(flat), _HALVES):
         numbers = flat[start : start + _HALVES].float()
-        _flat(stored, infinity, numbers, numbers, key, first + start)
+        _flat(stored, beyond, numbers, numbers, key, first + start)
         narrow = rounded[start : start + _HALVES].copy_(numbers)
         if blocks.may_have_nan(numbers):
             narrow.copy_(blocks.narrowed(numbers, x.dtype))
 
 
-def _channels_last(stored: _StoredParameters, infinity: bool, x: Tensor, result: Tensor, key: Key, first: int) -> None:
+def _channels_last(stored: _StoredParameters, beyond: int, x: Tensor, result: Tensor, key: Key, first: int) -> None:
     images, channels = x.shape[:2]
     pixels = x[0, 0].numel()
     offsets, unit = _offsets(channels, pixels)
@@ -128,7 +130,7 @@ def _channels_last(stored: _StoredParameters, infinity: bool, x: Tensor, result:
         pixels=pixels,
         offsets=offsets.ctypes.data,
     )
-    _run(loops.channels_last(stored.mode, infinity), task)
+    run(loops.channels_last(stored.mode, beyond), task)
 
 
 @lru_cache(maxsize=256)
@@ -139,10 +141,12 @@ def _offsets(channels: int, pixels: int) -> tuple[np.ndarray, int]:
     return offsets, max(1, GROUP // channels)
 
 
-def _quantize_float64(
-    x: Tensor, fmt: Format, rounding: AnyRounding, infinity: bool, key: Key | None, first: int, out: Tensor | None
+def _in_float64(
+    x: Tensor, fmt: Format, rounding: AnyRounding, beyond: int, key: Key | None, first: int, out: Tensor | None
 ) -> Tensor:
-    stored, source = _stored64(fmt, rounding), x.contiguous()
+    """float64 numbers; or others as such, where the format needs it, which then come back as they were."""
+    stored = _stored64(fmt, rounding)
+    source = x.contiguous() if x.dtype == torch.float64 else x.float().contiguous()
     rounded = torch.empty_like(source)
     task = RoundingTask(
         source=source.data_ptr(),
@@ -153,7 +157,8 @@ def _quantize_float64(
         parameters=stored.address,
         first=first,
     )
-    _run(loops64.flat(stored.mode, infinity), task)
+    run(loops64.flat(stored.mode, beyond, is_wide=source.dtype == torch.float64), task)
+    rounded = rounded if x.dtype == source.dtype else blocks.narrowed(rounded, x.dtype)
     if out is None:
         out = rounded if x.is_contiguous() else torch.empty_like(x)
     return out if out is rounded else out.copy_(rounded)
@@ -167,79 +172,89 @@ def _quantize_blocks(
     key: Key | None,
     dim: int,
     out: Tensor | None,
+    scale: Tensor | None,
 ) -> Tensor:
-    uncopied = _lines(x, fmt, rounding, key, dim)
-    if uncopied is not None:
-        return uncopied if out is None else out.copy_(uncopied)
-    rows = blocks.rows(x, fmt, dim)
-    first = key.first_element(len(x), rows.numel()) if key and key.first_row else 0
-    if x.dtype == torch.float64 or first + rows.numel() > 2**32 or (fmt.scale and not _holds(x.dtype, fmt)):
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
-    rows, type_largest = rows.float(), torch.finfo(x.dtype).max
-    rounded: Tensor | None
-    if fmt.scale is not None:
-        rounded = _scaled(rows, fmt, rounding, key, first, type_largest)
-    elif len(rows) == 1 and rows.numel() > _ALONE:
-        rounded = _one_block(rows, fmt.element, rounding, key, first, type_largest)
-    else:
-        rounded = _blocks(rows, fmt.element, rounding, key, first, type_largest)
+    rounded = None if x.dtype == torch.float64 else _blocks_of_float32(x, fmt, rounding, key, dim, scale)
     if rounded is None:
-        return eager.quantize(x, fmt, rounding, overflow, key, dim, out)
+        return eager.quantize(x, fmt, rounding, overflow, key, dim, out, scale, by=_BY)
     if x.dtype != torch.float32:
-        rounded = blocks.narrowed(blocks.reached(rounded, fmt, x.dtype), x.dtype)
-    result = blocks.restore(rounded, x, fmt, dim)
-    return result if out is None else out.copy_(result)
+        rounded = blocks.narrowed(blocks.reached(rounded, x.dtype), x.dtype)
+    return rounded if out is None else out.copy_(rounded)
 
 
-def _lines(x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, dim: int) -> Tensor | None:
+def _blocks_of_float32(
+    x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, dim: int, scale: Tensor | None
+) -> Tensor | None:
+    """The tensor in float32, rounded, in its layout; None where eager must round it."""
+    if isinstance(fmt.element, Table):  # eager divides by a power of two in float64
+        return None if fmt.scaling.is_power else _in_table(x, fmt, fmt.element, rounding, key, dim, scale)
+    if fmt.element.needs_float64:
+        return None
+    if not fmt.scaling.is_power:
+        return _in_factors(x, fmt, rounding, key, dim, scale)
+    is_of_lines = fmt.sizes is not None and (fmt.sizes[0] > 1 or fmt.is_flat)
+    if (is_of_lines or fmt.block == "column") and not eager.goes_up(rounding):
+        return _in_factors(x, fmt, rounding, key, dim, scale)
+    if is_of_lines:  # a quotient below float32's numbers would become zero before it is rounded up
+        return None
+    type_largest, addend = torch.finfo(x.dtype).max, blocks.addend(fmt, 23)
+    stored = _stored(fmt.element, rounding, type_largest, addend)
+    rounded = _lines(x, fmt, stored, key, dim)
+    if rounded is not None:
+        return rounded
+    rows = blocks.rows(x, fmt, dim).float()
+    first = key.first_element(len(x), rows.numel()) if key and key.first_row else 0
+    if first + rows.numel() > 2**32:
+        return None
+    if len(rows) == 1 and rows.numel() > ALONE:
+        largest = bits(float(scaled_lines.maxima(rows, 1, rows.shape[1], type_largest)))
+        of_block = parameters(fmt.element, rounding, type_largest, addend).of_block(largest)
+        if of_block is None:
+            return None
+        rounded = torch.empty_like(rows)
+        _flat(_store(mode_of(rounding), of_block), SATURATE, rows, rounded, key, first)
+    else:
+        rounded = _blocks(rows, stored, key, first)
+    return None if rounded is None else blocks.restore(rounded, x, fmt, dim)
+
+
+def _lines(x: Tensor, fmt: BlockFormat, stored: _StoredParameters, key: Key | None, dim: int) -> Tensor | None:
     """Blocks of so many numbers along a dimension, with a power of two as scale, of a tensor that is not copied.
 
     None where it is another block, or an engine of such a tensor cannot round it: then its blocks.rows are rounded.
     """
-    if isinstance(fmt.block, str) or fmt.scale is not None or x.ndim == 0 or x.dtype == torch.float64:
+    if fmt.sizes is None or x.ndim == 0:
         return None
-    lines = lines_of(x.shape, x.stride(), dim % x.ndim)
-    if lines is None or (lines.inner == 1 and lines.along > 1 and fmt.block > LANES):
+    lines, length = lines_of(x.shape, x.stride(), dim % x.ndim), fmt.sizes[1]
+    if lines is None or (lines.inner == 1 and lines.along > 1 and length > LANES):
         return None
     outer, along, inner = lines[:3]
-    padded = outer * inner * -(-along // fmt.block) * fmt.block
+    padded = outer * inner * -(-along // length) * length
     first = key.first_element(len(x), padded) if key and key.first_row else 0
     source = x.float()
     rounded = torch.empty_like(source)
     if first + padded > 2**32 or not source.stride() == rounded.stride() == x.stride():
         return None
     is_columns = inner > 1 or along == 1
-    numbers = min(fmt.block, along) * (min(inner, LANES) if is_columns else 1)  # of a unit
-    stored = _stored(fmt.element, rounding, torch.finfo(x.dtype).max)
+    numbers = min(length, along) * (min(inner, LANES) if is_columns else 1)  # of a unit
     task = LinesTask(
         source=source.data_ptr(),
         target=rounded.data_ptr(),
-        count=outer * -(-along // fmt.block) * (-(-inner // LANES) if is_columns else 1),
+        count=outer * -(-along // length) * (-(-inner // LANES) if is_columns else 1),
         piece=max(1, PIECE // numbers),
         key=_as_int64(key),
         parameters=stored.address,
         first=first,
-        length=fmt.block,
+        length=length,
         **lines._asdict(),
     )
-    _run((lanes.columns if is_columns else lanes.neighbours)(stored.mode), task)
-    if task.refused:
-        return None
-    return rounded if x.dtype == torch.float32 else blocks.narrowed(blocks.reached(rounded, fmt, x.dtype), x.dtype)
+    run((lanes.columns if is_columns else lanes.neighbours)(stored.mode), task)
+    return None if task.refused else rounded
 
 
-def _holds(dtype: torch.dtype, fmt: BlockFormat) -> bool:
-    """Whether the type has all digits of an element times a scale, or is float32, to which the kernel rounds it."""
-    assert fmt.scale is not None
-    digits = (fmt.element.mantissa_bits + 1) + (fmt.scale.mantissa_bits + 1)
-    return bool(dtype == torch.float32 or 2.0 ** (1 - digits) >= torch.finfo(dtype).eps)
-
-
-def _blocks(
-    rows: Tensor, element: Format, rounding: AnyRounding, key: Key | None, first: int, type_largest: float
-) -> Tensor | None:
+def _blocks(rows: Tensor, stored: _StoredParameters, key: Key | None, first: int) -> Tensor | None:
     """Blocks whose scale is a power of two, or None where eager must round them."""
-    stored, rounded, (count, length) = _stored(element, rounding, type_largest), torch.empty_like(rows), rows.shape
+    rounded, (count, length) = torch.empty_like(rows), rows.shape
     task = BlocksTask(
         source=rows.data_ptr(),
         target=rounded.data_ptr(),
@@ -250,68 +265,60 @@ def _blocks(
         first=first,
         length=length,
     )
-    _run(loops.blocks(stored.mode), task)
+    run(loops.blocks(stored.mode), task)
     return None if task.refused else rounded
 
 
-def _one_block(
-    rows: Tensor, element: Format, rounding: AnyRounding, key: Key | None, first: int, type_largest: float
+def _to_nearest(x: Tensor, fmt: Format) -> Tensor:
+    """x: float32, dense in whatever order."""
+    rounded = torch.empty_like(x)
+    source, target = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, rounded))
+    _flat(_stored(fmt, Rounding.NEAREST), False, source, target, None, 0)
+    return rounded
+
+
+def _in_factors(
+    x: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, dim: int, scale: Tensor | None
 ) -> Tensor | None:
-    """As `_blocks`, for one long block that threads share: they seek its largest magnitude, then they round."""
-    length = rows.numel()
-    whole = length - length % PIECE
-    pieces = _maxima(rows[:, :whole].view(-1, PIECE), type_largest), _maxima(rows[:, whole:], type_largest)
-    of_block = parameters(element, rounding, type_largest).of_block(bits(float(torch.cat(pieces).amax())))
-    if of_block is None:
+    """Blocks whose numbers are multiplied before they are rounded (blocks.Factors), or None where eager must do it."""
+    seen = scaled_lines.seen_as_lines(x, fmt, dim, ordered=key is not None)
+    first = key.first_element(len(x), seen.padded) if key and key.first_row else 0
+    if first + seen.padded > 2**32:
         return None
-    stored, rounded = _store(mode_of(rounding), of_block), torch.empty_like(rows)
-    _flat(stored, False, rows, rounded, key, first)
-    return rounded
+    factors = scaled_lines.factors(seen, x, fmt, dim, _to_nearest, scale)
+    stored = _stored(fmt.element, rounding)
+    rounded = scaled_lines.rounded(seen, factors, stored.mode, stored.address, _as_int64(key), first)
+    return scaled_lines.restored(rounded, seen, x, fmt, dim)
 
 
-def _scaled(
-    rows: Tensor, fmt: BlockFormat, rounding: AnyRounding, key: Key | None, first: int, type_largest: float
+def _in_table(
+    x: Tensor,
+    fmt: BlockFormat,
+    element: Table,
+    rounding: AnyRounding,
+    key: Key | None,
+    dim: int,
+    scale: Tensor | None,
 ) -> Tensor:
-    """Blocks whose scale is a number of the format `fmt.scale`, times a power of two for the tensor."""
-    stored, rounded, (count, length) = _stored64(fmt.element, rounding), torch.empty_like(rows), rows.shape
-    assert fmt.scale is not None
-    maxima = _maxima(rows, type_largest)
-    task = ScaledTask(
-        source=rows.data_ptr(),
-        target=rounded.data_ptr(),
-        count=count,
-        piece=max(1, PIECE // max(1, length)),
-        key=_as_int64(key),
-        parameters=stored.address,
-        first=first,
-        length=length,
-        maxima=maxima.data_ptr(),
-        counted=bits64(blocks.counted(type_largest)),
-        element_largest=bits64(fmt.element.largest),
-        tensor_scale=bits64(blocks.tensor_scale(float(maxima.amax()), fmt, type_largest)),
-        scale_largest=bits64(fmt.scale.largest),
-        scale_smallest=bits64(fmt.scale.smallest_subnormal),
-        scale_lowest_exponent=math.frexp(fmt.scale.smallest_normal)[1] - 1,
-        scale_mantissa=fmt.scale.mantissa_bits,
-    )
-    _run(loops64.scaled(stored.mode), task)
-    return rounded
-
-
-def _maxima(rows: Tensor, type_largest: float) -> Tensor:
-    """blocks.maxima of float32 numbers: (blocks,)."""
-    count, length = rows.shape
-    maxima = torch.empty(count, dtype=torch.float32, device="cpu")
-    task = MaximaTask(
-        source=rows.data_ptr(),
-        target=maxima.data_ptr(),
-        count=count,
-        piece=max(1, PIECE // max(1, length)),
-        length=length,
-        type_largest=bits(type_largest),
-    )
-    _run(loops64.maxima(), task)
-    return maxima
+    """As `_in_factors`, for elements that are values of a table."""
+    seen = scaled_lines.seen_as_rows(x, fmt, dim)
+    first = key.first_element(len(x), seen.padded) if key and key.first_row else 0
+    factors = scaled_lines.factors(seen, x, fmt, dim, _to_nearest, scale)
+    encode = factors.encode.reshape(-1, 1)
+    decode = encode if factors.decode is None else factors.decode.reshape(-1, 1)
+    numbers, rounded = seen.numbers.reshape(-1, seen.length), torch.empty_like(seen.numbers).view(-1, seen.length)
+    rows, columns = max(1, _SCALED // seen.length), min(_SCALED, seen.length)
+    for row in range(0, len(numbers), rows):
+        for column in range(0, seen.length, columns):
+            place = slice(row, row + rows), slice(column, column + columns)
+            of_rows = factors._replace(
+                encode=encode[place[0]], decode=None if factors.decode is None else decode[place[0]]
+            )
+            scaled = numbers[place] * of_rows.encode
+            index = first + row * seen.length + column
+            elements = table_loops.round_table(scaled.view(-1), element, rounding, key, index).view(scaled.shape)
+            rounded[place] = blocks.scaled_back(elements, of_rows)
+    return scaled_lines.restored(rounded.view(seen.numbers.shape), seen, x, fmt, dim)
 
 
 class _StoredParameters(NamedTuple):
@@ -328,8 +335,8 @@ def _store(mode: int, numbers: Parameters) -> _StoredParameters:
 
 
 @lru_cache(maxsize=1024)
-def _stored(fmt: Format, rounding: AnyRounding, type_largest: float = 0.0) -> _StoredParameters:
-    return _store(mode_of(rounding), parameters(fmt, rounding, type_largest))
+def _stored(fmt: Format, rounding: AnyRounding, type_largest: float = 0.0, addend: int = 0) -> _StoredParameters:
+    return _store(mode_of(rounding), parameters(fmt, rounding, type_largest, addend))
 
 
 @lru_cache(maxsize=1024)
@@ -343,44 +350,3 @@ def _as_int64(key: Key | None) -> int:
     if key is None:
         return 0
     return key.value - 2**64 if key.value >= 2**63 else key.value
-
-
-def _run(kernel: CFunc, task: Task) -> None:
-    """Has the task done by torch's threads. The caller holds what the task names by address."""
-    address, pieces = ctypes.addressof(task), -(-task.count // task.piece)
-    threads = min(torch.get_num_threads(), pieces) if pieces * PIECE > _ALONE else 1
-    if threads < 2:
-        kernel.ctypes(address)
-    elif _gomp_parallel:
-        _gomp_parallel(kernel.address, address, threads, 0)
-    else:
-        _in_pool(kernel, address, threads)
-
-
-def _find_gomp_parallel() -> Callable[[int | None, int, int, int], None] | None:
-    """What compilers call for `#pragma omp parallel` (GNU libgomp's ABI, which LLVM's library has on Linux too)."""
-    try:
-        openmp = ctypes.CDLL(None)  # torch brings its own library along, and shows it to all
-        parallel, pause = openmp.GOMP_parallel, openmp.omp_pause_resource_all
-    except (AttributeError, OSError, TypeError):  # another system's, another OpenMP
-        return None
-    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    # A child process would wait for its parent's threads for ever, in torch's operations too. So they end at a fork.
-    os.register_at_fork(before=lambda: pause(_HARD))
-    return parallel
-
-
-_HARD = 2  # omp_pause_hard
-_gomp_parallel = _find_gomp_parallel()
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # of this process, for so many threads
-
-
-def _in_pool(kernel: CFunc, address: int, threads: int) -> None:
-    """For systems without GNU OpenMP. Not numba's threads: those crash when two threads of Python use them."""
-    global _pool
-    process = os.getpid()
-    if _pool is None or _pool[0] != process or _pool[1] < threads:
-        _pool = (process, threads, ThreadPoolExecutor(threads - 1, "quantize"))
-    others = [_pool[2].submit(kernel.ctypes, address) for _ in range(threads - 1)]
-    kernel.ctypes(address)
-    wait(others)  # before the memory that they write to may go

@@ -9,8 +9,8 @@ the largest and smallest magnitude finds the others:
     general  any value: the number of bits to cut off depends on the value
     deep     after these, stochastic, for values so small that further random words decide
 
-`mode` (a place in MODES) and `infinity` (whether overflow follows IEEE 754; otherwise it saturates) are constants of
-the kernel that is compiled, so what they rule out costs nothing.
+`mode` (a place in MODES) and `overflow` (SATURATE, PROPAGATE or INFINITE) are constants of the kernel that is compiled,
+so what they rule out costs nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from low_precision.engines.number import (
     UNDECIDED,
     begins_with,
     few_of,
+    finished,
     general_one,
     is_deep,
     nearest_one,
@@ -52,7 +53,7 @@ from low_precision.engines.operations import (
     word,
     xor,
 )
-from low_precision.engines.parameters import DOWN, FEW_BITS, NEAREST, NEAREST_AWAY, STOCHASTIC, UP
+from low_precision.engines.parameters import DOWN, FEW_BITS, NEAREST, NEAREST_AWAY, STOCHASTIC, TO_ODD, UP
 
 GROUP = 256  # numbers
 _DEEP_GROUP = 32
@@ -135,17 +136,19 @@ def _fast(mode, group, noise, fmt):
             bits = add(bits, and_(cut, xor(sar(bits, 31), 0xFFFFFFFF)))
         elif mode == DOWN:
             bits = add(bits, and_(cut, sar(bits, 31)))
+        elif mode == TO_ODD:
+            bits = add(bits, and_(cut, sub(and_(shr(bits, fmt.normal_drop), 1), 1)))
         elif mode >= STOCHASTIC:
             random_bits = shr(word(_index(group, i), noise.rounding), sub(32, fmt.normal_drop))
-            bits = add(bits, few_of(random_bits, fmt.normal_drop, fmt) if mode == FEW_BITS else random_bits)
+            bits = add(bits, few_of(random_bits, fmt.normal_drop, bits, fmt) if mode == FEW_BITS else random_bits)
         store(group.target, i, and_(bits, kept))
 
 
 @inlined
-def _nearest(infinity, group, fmt):
+def _nearest(overflow, group, fmt):
     """See nearest_one."""
     for i in range(group.size):
-        store(group.target, i, nearest_one(infinity, load(group.source, i), fmt))
+        store(group.target, i, nearest_one(overflow, load(group.source, i), fmt))
 
 
 @inlined
@@ -161,14 +164,14 @@ def _small(group, noise, fmt, deep):
 
 
 @inlined
-def _general(mode, infinity, group, noise, fmt):
+def _general(mode, overflow, group, noise, fmt):
     """See general_one."""
     for i in range(group.size):
-        store(group.target, i, general_one(mode, infinity, load(group.source, i), _index(group, i), noise, fmt))
+        store(group.target, i, general_one(mode, overflow, load(group.source, i), _index(group, i), noise, fmt))
 
 
 @inlined
-def deep_group(group, noise, fmt):
+def deep_group(overflow, group, noise, fmt):
     """Rounds what lies far below the smallest value of the format again, as eager._round_deep does.
 
     Most of it becomes zero, since a further word has bits that are not: so that one is looked at first.
@@ -192,8 +195,7 @@ def deep_group(group, noise, fmt):
         all_zero = begins_with(zeros, word(index, noise.further))
         up, deep = and_(below_significand, all_zero), is_deep(bits, fmt)
         undecided = or_(undecided, and_(and_(deep, up), uint32(zeros > uint32(32))))
-        value = or_(mul(up, smallest_of(fmt)), and_(bits, SIGN))
-        value = and_(value, fmt.signed_zero) if value == uint32(SIGN) else value
+        value = finished(STOCHASTIC, overflow, bits, mul(up, smallest_of(fmt)), fmt)
         store(group.target, i, value if deep else before)
     if undecided:
         for i in range(group.size):
@@ -211,7 +213,7 @@ def deep_group(group, noise, fmt):
 
 
 @inlined
-def round_group(mode, infinity, group, noise, fmt, buffer):
+def round_group(mode, overflow, group, noise, fmt, buffer):
     """Rounds the group. fmt: its `Parameters`; buffer: group_buffer(), of the kernel that calls this."""
     source, target, size, first, offsets = group
     highest, smallest = int32(-1), uint32(0xFFFFFFFF)
@@ -236,9 +238,9 @@ def round_group(mode, infinity, group, noise, fmt, buffer):
     elif small:
         _small(buffered, noise, fmt, False)
     elif mode == NEAREST and plain:
-        _nearest(infinity, buffered, fmt)
+        _nearest(overflow, buffered, fmt)
     elif not (deep and highest < int32(sub(fmt.deep_below, 1))):
-        _general(mode, infinity, buffered, noise, fmt)
+        _general(mode, overflow, buffered, noise, fmt)
     if deep:
         for start in range(0, size, _DEEP_GROUP):  # a few values like that in every group are common, more are not
             some = min(_DEEP_GROUP, size - start)
@@ -255,7 +257,7 @@ def round_group(mode, infinity, group, noise, fmt, buffer):
                     first=first if offsets else add(first, uint32(start)),
                     offsets=offsets + place if offsets else 0,
                 )
-                deep_group(part, noise, fmt)
+                deep_group(overflow, part, noise, fmt)
     if written == buffer:
         for i in range(size):
             store(target, i, load(buffer, i))

@@ -48,12 +48,12 @@ from low_precision.engines.operations import (
     store,
     sub,
 )
-from low_precision.engines.parameters import NEAREST, STOCHASTIC, Parameters
+from low_precision.engines.parameters import NEAREST, SATURATE, STOCHASTIC, Parameters
 from low_precision.engines.tasks import LinesTask
 
 LANES = GROUP  # lines, or neighbouring numbers, that are rounded at once
 KEPT = 32 * LANES  # numbers of blocks that are kept on the stack between the two times that they are read
-_AHEAD, _CACHE_LINE = 4, 64  # rows, bytes
+AHEAD, CACHE_LINE = 4, 64  # rows, bytes
 _lines_task, _parameters = reader(LinesTask), reader(Parameters, types.uint32)
 _lane_buffer, _kept_buffer = room_for(LANES + VECTOR), room_for(KEPT)
 
@@ -105,7 +105,7 @@ def _deep_lanes(lanes, noise, element):
         if and_(bits, MAGNITUDE) != uint32(0) and is_deep(bits, fmt):
             place, index = 4 * i, add(load(lanes.indices, i), lanes.more)
             one = Group(source=lanes.source + place, target=lanes.target + place, size=1, first=index, offsets=0)
-            deep_group(one, noise, fmt)
+            deep_group(SATURATE, one, noise, fmt)
 
 
 @inlined
@@ -117,7 +117,7 @@ def _round_lanes(mode, lanes, noise, element, exponents):
     if mode == NEAREST and plain:
         for i in range(lanes.size):
             fmt = _parameters_at(lanes, i, element)
-            store(lanes.target, i, nearest_one(False, load(lanes.source, i), fmt))
+            store(lanes.target, i, nearest_one(SATURATE, load(lanes.source, i), fmt))
         return
     if mode == STOCHASTIC and plain and lowest_level + int32(element.normal_drop) > 55:
         if _small_lanes(lanes, noise, element, False) and _small_lanes(lanes, noise, element, True):
@@ -127,7 +127,7 @@ def _round_lanes(mode, lanes, noise, element, exponents):
         fmt, index = _parameters_at(lanes, i, element), uint32(0)
         if mode >= STOCHASTIC:
             index = add(load(lanes.indices, i), lanes.more)
-        store(lanes.target, i, general_one(mode, False, load(lanes.source, i), index, noise, fmt))
+        store(lanes.target, i, general_one(mode, SATURATE, load(lanes.source, i), index, noise, fmt))
     if mode == STOCHASTIC:
         _deep_lanes(lanes, noise, element)
 
@@ -145,12 +145,13 @@ def _into_exponents(largest, size, element):
 
 @inlined
 def _is_refused(exponents, element):
-    """Whether a block is so close to float32's smallest numbers that it is left to another engine."""
-    return int32(exponents.lowest) - int32(element.levels_below) + int32(element.normal_drop) < 31
+    """Whether a block is so close to float32's smallest or largest numbers that it is left to another engine."""
+    too_small = int32(exponents.lowest) - int32(element.levels_below) + int32(element.normal_drop) < 31
+    return too_small or exponents.highest == uint32(255)
 
 
 @inlined
-def _first_of(outer, task):
+def first_line_of(outer, task):
     """The place of the first line with that index, in row-major order of the lines."""
     if outer < task.outer_2:  # always so, mostly: divisions take time
         return outer * task.step_2
@@ -169,10 +170,10 @@ def _prefetch(source, target, place, row, rows, stride, size):
         address = source + place + (row - 2 * rows) * stride + 4 * size
     if rows <= row < 2 * rows:
         address = target + place + (row - rows) * stride
-        for line in range(0, 4 * size, _CACHE_LINE):
+        for line in range(0, 4 * size, CACHE_LINE):
             prefetch_to_write(address + line)
     else:
-        for line in range(0, 4 * size, _CACHE_LINE):
+        for line in range(0, 4 * size, CACHE_LINE):
             prefetch_to_read(address + line)
 
 
@@ -203,7 +204,7 @@ def columns(mode: int) -> CFunc:
                     store(exponents, i, uint32(0))
                 for row in range(rows):
                     source = task.source + place + row * stride
-                    _prefetch(task.source, task.target, place, row + _AHEAD, rows, stride, size)
+                    _prefetch(task.source, task.target, place, row + AHEAD, rows, stride, size)
                     if keeps:
                         for i in range(size):
                             store(kept_buffer + 4 * LANES * row, i, load(source, i))
@@ -217,7 +218,7 @@ def columns(mode: int) -> CFunc:
                     refuse(address)
                     return
                 if mode >= STOCHASTIC:
-                    first = _first_of(outer, task)
+                    first = first_line_of(outer, task)
                     slow, fast = lane // task.inner_1, lane % task.inner_1
                     for i in range(size):
                         line = first + slow * task.inner_step_0 + fast * task.inner_step_1
@@ -226,7 +227,7 @@ def columns(mode: int) -> CFunc:
                         if fast == task.inner_1:
                             slow, fast = slow + 1, 0
                 for row in range(rows):
-                    _prefetch(task.source, task.target, place, rows + row + _AHEAD, rows, stride, size)
+                    _prefetch(task.source, task.target, place, rows + row + AHEAD, rows, stride, size)
                     source = kept_buffer + 4 * LANES * row if keeps else task.source + place + row * stride
                     lanes = Lanes(
                         source=source,
@@ -243,7 +244,7 @@ def columns(mode: int) -> CFunc:
 
 
 @inlined
-def _put_largest(target, source, size):
+def put_largest_of(target, source, size):
     """The largest magnitude of so many numbers, NaNs aside, into as many places, and fewer than VECTOR behind them."""
     if size <= VECTOR:
         put_largest(target, source, size)
@@ -283,9 +284,9 @@ def neighbours(mode: int) -> CFunc:
                     more = min(length, along - begin)
                     if size + more > LANES:
                         break
-                    _put_largest(exponents + 4 * size, task.source + place + 4 * size, more)
+                    put_largest_of(exponents + 4 * size, task.source + place + 4 * size, more)
                     if mode >= STOCHASTIC:
-                        first = uint32(task.first + _first_of(outer, task) * blocks * length + begin)
+                        first = uint32(task.first + first_line_of(outer, task) * blocks * length + begin)
                         for start in range(0, more, VECTOR):
                             fill(indices + 4 * (size + start), add(first, uint32(start)), uint32(1))
                     size, number, block = size + more, number + 1, block + 1

@@ -69,3 +69,13 @@ def _merged(dimensions: list[_Run]) -> list[_Run]:
         else:
             runs.append((size, step))
     return runs
+
+
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements of such a tensor fill a piece of memory, in whatever order."""
+    place = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1 and stride != place:
+            return False
+        place *= size
+    return True

@@ -23,7 +23,7 @@ from low_precision.engines.group import (
 )
 from low_precision.engines.number import exponent_of_block, of_block
 from low_precision.engines.operations import kernel, next_piece, reader, refuse, sub
-from low_precision.engines.parameters import Parameters
+from low_precision.engines.parameters import SATURATE, Parameters
 from low_precision.engines.tasks import BlocksTask, ImagesTask, RoundingTask
 
 _rounding_task, _images_task, _blocks_task = reader(RoundingTask), reader(ImagesTask), reader(BlocksTask)
@@ -31,10 +31,10 @@ _parameters = reader(Parameters, types.uint32)
 
 
 @cache
-def flat(mode: int, infinity: bool) -> CFunc:
+def flat(mode: int, overflow: int) -> CFunc:
     """The kernel of a RoundingTask whose float32 numbers are one after the other in memory.
 
-    mode: a place in MODES. infinity: whether overflow follows IEEE 754; otherwise it saturates. No piece may cross an
+    mode: a place in MODES. overflow: SATURATE, PROPAGATE or INFINITE. No piece may cross an
     index that is a multiple of 2**32.
     """
 
@@ -54,14 +54,14 @@ def flat(mode: int, infinity: bool) -> CFunc:
                     first=uint32(task.first + start),
                     offsets=0,
                 )
-                round_group(mode, infinity, group, noise, fmt, buffer)
+                round_group(mode, overflow, group, noise, fmt, buffer)
             piece = next_piece(address)
 
     return flat_kernel
 
 
 @cache
-def channels_last(mode: int, infinity: bool) -> CFunc:
+def channels_last(mode: int, overflow: int) -> CFunc:
     """The kernel of an ImagesTask: float32 numbers that lie pixel by pixel, counted channel by channel, at most 2**32.
 
     A unit is max(1, GROUP // channels) pixels, the last of an image fewer.
@@ -89,7 +89,7 @@ def channels_last(mode: int, infinity: bool) -> CFunc:
                         first=uint32(first + start * pixels),
                         offsets=task.offsets,
                     )
-                    round_group(mode, infinity, group, noise, fmt, buffer)
+                    round_group(mode, overflow, group, noise, fmt, buffer)
             piece = next_piece(address)
 
     return channels_last_kernel
@@ -99,8 +99,8 @@ def channels_last(mode: int, infinity: bool) -> CFunc:
 def blocks(mode: int) -> CFunc:
     """The kernel of a BlocksTask: float32 numbers in blocks with a power of two as scale (formats.BlockFormat).
 
-    At most 2**32 numbers. A block so close to float32's smallest numbers that it must be left to another engine makes
-    it stop, and the task `refused`.
+    At most 2**32 numbers. A block so close to float32's smallest or largest numbers that it must be left to another
+    engine makes it stop, and the task `refused`.
     """
 
     @kernel
@@ -114,7 +114,7 @@ def blocks(mode: int) -> CFunc:
                 largest = largest_in(task.source + 4 * begin, task.length)
                 exponent = exponent_of_block(largest, element)
                 lowest_level = sub(exponent, element.levels_below)
-                if int32(lowest_level) + int32(element.normal_drop) < 31:
+                if int32(lowest_level) + int32(element.normal_drop) < 31 or exponent == uint32(255):
                     refuse(address)
                     return
                 fmt = of_block(element, lowest_level, exponent)
@@ -127,7 +127,7 @@ def blocks(mode: int) -> CFunc:
                         first=uint32(task.first + start),
                         offsets=0,
                     )
-                    round_group(mode, False, group, noise, fmt, buffer)
+                    round_group(mode, SATURATE, group, noise, fmt, buffer)
             piece = next_piece(address)
 
     return blocks_kernel

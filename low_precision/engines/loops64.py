@@ -1,5 +1,6 @@
-"""Kernels of the fused engine in 64 bits: of float64 tensors, and of blocks whose scale is no power of two, because
-float64 holds the quotients. See engines/loops.py for how kernels are called.
+"""The kernel of the fused engine for float64 tensors, and for float32 ones where the format has smaller numbers.
+
+See engines/loops.py for how kernels are called.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import NamedTuple
 from numba import float32, float64, int64, njit, uint32
 from numba.core.ccallback import CFunc
 
-from low_precision.engines.group import largest_in
 from low_precision.engines.operations import (
     KeyWords,
     as_bits,
@@ -31,19 +31,22 @@ from low_precision.engines.operations import (
 from low_precision.engines.parameters import (
     DOWN,
     FEW_BITS,
+    INFINITE,
     NEAREST,
     NEAREST_AWAY,
+    PROPAGATE,
     STOCHASTIC,
+    TO_ODD,
     TOWARD_ZERO,
     UP,
     Parameters64,
 )
-from low_precision.engines.tasks import MaximaTask, RoundingTask, ScaledTask
+from low_precision.engines.tasks import RoundingTask
 from low_precision.noise import LOW_WORD
 
 _MAGNITUDE, _INFINITY, _MOST_DROPPED = 2**63 - 1, 0x7FF << 52, 59  # as eager._DOUBLE
 _GROUP = 64
-_rounding_task, _scaled_task, _maxima_task = reader(RoundingTask), reader(ScaledTask), reader(MaximaTask)
+_rounding_task = reader(RoundingTask)
 _parameters = reader(Parameters64)
 
 
@@ -72,7 +75,36 @@ def _smallest(fmt):
 
 
 @inlined
-def _round(mode, infinity, bits, index, noise, fmt):
+def _finished(mode, overflow, bits, result, fmt):
+    """eager._finished for one number: its bits, and the rounded magnitude's."""
+    magnitude, sign = bits & _MAGNITUDE, bits >> 63
+    limit = fmt.largest + (sign & (fmt.largest_negative - fmt.largest))
+    below_zero = sign & fmt.unsigned  # a mask: a negative number of an unsigned format
+    if overflow == INFINITE:
+        infinite = _INFINITY | (below_zero & _MAGNITUDE)  # a NaN below zero
+        beyond = infinite
+        if mode == TOWARD_ZERO:
+            beyond = limit
+        if mode == UP:
+            beyond = limit if sign else infinite
+        if mode == DOWN:
+            beyond = infinite if sign else limit
+        if mode == TO_ODD:
+            beyond = limit if fmt.ends_odd & ~below_zero else infinite
+        result = beyond if result > limit else result
+        result = infinite if magnitude == _INFINITY else result
+    else:
+        result = min(result, limit)
+    if overflow == PROPAGATE:
+        result = _INFINITY & ~below_zero if magnitude == _INFINITY else result
+    result |= ((_INFINITY - magnitude) >> 63) & _MAGNITUDE  # NaN stays: there, all bits
+    negative = sign << 63
+    negative = negative & fmt.signed_zero if result == 0 else negative
+    return result | negative
+
+
+@inlined
+def _round(mode, overflow, bits, index, noise, fmt):
     """eager._round_block for one number: its bits, and whether `_deep` must decide, a negative number then."""
     magnitude, sign = bits & _MAGNITUDE, bits >> 63
     scale = max((magnitude >> 52) - 1, 0)
@@ -82,11 +114,12 @@ def _round(mode, infinity, bits, index, noise, fmt):
     drop = min(whole_drop, _MOST_DROPPED)
     below = (1 << drop) - 1
     added = int64(0)
-    if mode == NEAREST:
+    if mode in (NEAREST, TO_ODD):
         last = significand >> drop
         if fmt.mantissa == 0:  # without a mantissa, the code is the exponent
             last += max(scale - fmt.lowest_level, 0)
-        added = (below + (last & 1)) >> 1
+        # To odd: from an even code up to the next one, unless nothing is cut off.
+        added = (below + (last & 1)) >> 1 if mode == NEAREST else below & ((last & 1) - 1)
     elif mode == NEAREST_AWAY:
         added = (below + 1) >> 1
     elif mode == UP:
@@ -96,31 +129,18 @@ def _round(mode, infinity, bits, index, noise, fmt):
     elif mode >= STOCHASTIC:
         added = ((_word64(index, noise) >> 1) & _MAGNITUDE) >> (63 - drop)
         if mode == FEW_BITS:
-            unused = max(drop - fmt.random_bits, 0)
+            unused, too_far = max(drop - fmt.random_bits, 0), min(whole_drop - drop, 63)
+            reached = significand >> too_far
+            significand = reached | (int64(reached << too_far != significand) & fmt.even)
             added = ((added >> unused) << unused) | (((1 << unused) >> 1) & fmt.half_offset)
-            significand >>= min(whole_drop - drop, 63)
+            added |= (((1 << unused) - 1 + ((significand >> unused) & 1)) >> 1) & fmt.even
     rounded = (significand + added) >> drop
     result = as_bits64(float64(rounded) * as_double((level + (1 - fmt.mantissa)) << 52))  # exact, of normal numbers
-    limit = fmt.largest + (sign & (fmt.largest_negative - fmt.largest))
-    if infinity:
-        beyond = int64(_INFINITY)
-        if mode == TOWARD_ZERO:
-            beyond = limit
-        if mode == UP:
-            beyond = limit if sign else int64(_INFINITY)
-        if mode == DOWN:
-            beyond = int64(_INFINITY) if sign else limit
-        result = beyond if result > limit else result
-        result = int64(_INFINITY) if magnitude == _INFINITY else result
-    else:
-        result = min(result, limit)
-    result |= ((_INFINITY - magnitude) >> 63) & _MAGNITUDE  # NaN stays: there, all bits
-    negative = sign << 63
-    negative = negative & fmt.signed_zero if result == 0 else negative
+    result = _finished(mode, overflow, bits, result, fmt)
     deep = 0
     if mode == STOCHASTIC:
         deep = (_MOST_DROPPED - whole_drop) & -significand & (magnitude - _INFINITY)  # negative where all three are
-    return result | negative, deep
+    return result, deep
 
 
 @inlined
@@ -130,9 +150,9 @@ def _is_deep(bits, fmt):
 
 
 @njit
-def _deep(bits, index, block, key, fmt):
+def _deep(overflow, bits, index, block, key, fmt):
     """eager._round_deep for one number: its bits."""
-    magnitude, negative = bits & _MAGNITUDE, (bits >> 63) << 63
+    magnitude = bits & _MAGNITUDE
     scale = max((magnitude >> 52) - 1, 0)
     significand, left = magnitude - (scale << 52), max(scale, fmt.lowest_level) - scale + fmt.normal_drop - 53
     while significand < 1 << 52:  # a subnormal number
@@ -143,12 +163,26 @@ def _deep(bits, index, block, key, fmt):
         up = int64(word(index, key_words(key, block, draw))) >> (32 - min(left, 32)) == 0
         left -= 32
         draw += 1
-    return _smallest(fmt) | negative if up else negative & fmt.signed_zero
+    return _finished(STOCHASTIC, overflow, bits, _smallest(fmt) if up else 0, fmt)
+
+
+@inlined
+def _load(is_wide, address, i):
+    """The bits of a float64 number, or those that a float32 number has as one."""
+    return load64(address, i) if is_wide else as_bits64(float64(as_float(load(address, i))))
+
+
+@inlined
+def _store(is_wide, address, i, bits):
+    if is_wide:
+        store64(address, i, bits)
+    else:
+        store(address, i, as_bits(float32(as_double(bits))))
 
 
 @cache
-def flat(mode: int, infinity: bool) -> CFunc:
-    """The kernel of a RoundingTask, as loops.flat, for float64 numbers."""
+def flat(mode: int, overflow: int, *, is_wide: bool = True) -> CFunc:
+    """The kernel of a RoundingTask, as loops.flat, for float64 numbers; else float32 numbers are rounded as such."""
 
     @kernel
     def flat64_kernel(address):
@@ -164,72 +198,15 @@ def flat(mode: int, infinity: bool) -> CFunc:
                 stop = min(start + _GROUP, end)
                 for i in range(start, stop):
                     index = uint32(task.first + i)
-                    rounded, deep = _round(mode, infinity, load64(task.source, i), index, noise, fmt)
+                    rounded, deep = _round(mode, overflow, _load(is_wide, task.source, i), index, noise, fmt)
                     undecided |= deep
-                    store64(task.target, i, rounded)
+                    _store(is_wide, task.target, i, rounded)
                 if undecided < 0:
                     for i in range(start, stop):
-                        bits = load64(task.source, i)
+                        bits = _load(is_wide, task.source, i)
                         if _is_deep(bits, fmt):
-                            store64(task.target, i, _deep(bits, uint32(task.first + i), block, task.key, fmt))
+                            rounded = _deep(overflow, bits, uint32(task.first + i), block, task.key, fmt)
+                            _store(is_wide, task.target, i, rounded)
             piece = next_piece(address)
 
     return flat64_kernel
-
-
-@inlined
-def _scale_of(amax, task):
-    """blocks.scales: the scale of a block whose largest magnitude is `amax`; all in float64."""
-    tensor_scale = as_double(task.tensor_scale)
-    wanted = min(amax, as_double(task.counted)) / as_double(task.element_largest) / tensor_scale
-    wanted = max(min(wanted, as_double(task.scale_largest)), as_double(task.scale_smallest))
-    exponent = max((as_bits64(wanted) >> 52) - 1023, task.scale_lowest_exponent)
-    step = as_double((exponent - task.scale_mantissa + 1023) << 52)
-    scale = (wanted / step + 2.0**52 - 2.0**52) * step * tensor_scale  # the sum rounds ties to even
-    return scale if amax > 0 else 1.0
-
-
-@cache
-def scaled(mode: int) -> CFunc:
-    """The kernel of a ScaledTask: as loops.blocks, for blocks whose scale is no power of two; it refuses none."""
-
-    @kernel
-    def scaled_kernel(address):
-        task = _scaled_task(address)
-        fmt, noise = _parameters(task.parameters), _noise_of(task.key, 0)
-        piece = next_piece(address)
-        while piece * task.piece < task.count:
-            for number in range(piece * task.piece, min((piece + 1) * task.piece, task.count)):
-                scale = _scale_of(float64(as_float(load(task.maxima, number))), task)
-                undecided = int64(0)
-                for i in range(number * task.length, (number + 1) * task.length):
-                    quotient = as_bits64(float64(as_float(load(task.source, i))) / scale)
-                    rounded, deep = _round(mode, False, quotient, uint32(task.first + i), noise, fmt)
-                    undecided |= deep
-                    store(task.target, i, as_bits(float32(as_double(rounded) * scale)))
-                if undecided < 0:
-                    for i in range(number * task.length, (number + 1) * task.length):
-                        quotient = as_bits64(float64(as_float(load(task.source, i))) / scale)
-                        if _is_deep(quotient, fmt):
-                            rounded = _deep(quotient, uint32(task.first + i), 0, task.key, fmt)
-                            store(task.target, i, as_bits(float32(as_double(rounded) * scale)))
-            piece = next_piece(address)
-
-    return scaled_kernel
-
-
-@cache
-def maxima() -> CFunc:
-    """The kernel of a MaximaTask: the largest magnitude of each block of float32 numbers, NaNs aside."""
-
-    @kernel
-    def maxima_kernel(address):
-        task = _maxima_task(address)
-        piece = next_piece(address)
-        while piece * task.piece < task.count:
-            for number in range(piece * task.piece, min((piece + 1) * task.piece, task.count)):
-                largest = largest_in(task.source + 4 * number * task.length, task.length)
-                store(task.target, number, min(largest, uint32(task.type_largest)))
-            piece = next_piece(address)
-
-    return maxima_kernel

@@ -27,9 +27,13 @@ from low_precision.engines.operations import (
 from low_precision.engines.parameters import (
     DOWN,
     FEW_BITS,
+    INFINITE,
     NEAREST,
     NEAREST_AWAY,
+    PROPAGATE,
+    SATURATE,
     STOCHASTIC,
+    TO_ODD,
     TOWARD_ZERO,
     UP,
     Parameters,
@@ -41,29 +45,40 @@ _ONE = 0x3F800000  # the bits of 1.0
 
 
 @inlined
-def few_of(noise, drop, fmt):
-    """FewBits: the top bits of the `drop` random ones, and half of the last of them with half_offset."""
+def few_of(noise, drop, significand, fmt):
+    """FewBits: the top bits of the `drop` random ones, and what is added below them: half of the last of them with
+    half_offset, with `even` what rounds the significand, a number whose lowest `drop` bits are cut off, to them.
+    """
     unused = sub(max(drop, fmt.random_bits), fmt.random_bits)
-    return or_(shl(shr(noise, unused), unused), and_(shr(shl(1, unused), 1), fmt.half_offset))
+    one = shl(1, unused)
+    even = and_(shr(add(sub(one, 1), and_(shr(significand, unused), 1)), 1), fmt.even)
+    return or_(shl(shr(noise, unused), unused), or_(and_(shr(one, 1), fmt.half_offset), even))
 
 
 @inlined
-def _finished(mode, infinity, bits, result, fmt):
-    """The result with its sign, after overflow and for special values."""
+def finished(mode, overflow, bits, result, fmt):
+    """The result with its sign, after overflow and for special values: eager._finished."""
     magnitude, negative = and_(bits, MAGNITUDE), sar(bits, 31)
     limit = add(fmt.largest, and_(negative, sub(fmt.largest_negative, fmt.largest)))
-    if infinity:
-        beyond = uint32(INFINITY)
+    below_zero = and_(negative, fmt.unsigned)  # a mask: a negative number of an unsigned format
+    if overflow == INFINITE:
+        infinite = or_(INFINITY, and_(below_zero, sub(MAGNITUDE, INFINITY)))  # a NaN below zero
+        beyond = infinite
         if mode == TOWARD_ZERO:
             beyond = limit
         if mode == UP:
-            beyond = limit if negative else uint32(INFINITY)
+            beyond = limit if negative else infinite
         if mode == DOWN:
-            beyond = uint32(INFINITY) if negative else limit
+            beyond = infinite if negative else limit
+        if mode == TO_ODD:
+            beyond = limit if and_(fmt.ends_odd, xor(below_zero, 0xFFFFFFFF)) else infinite
         result = beyond if result > limit else result
-        result = uint32(INFINITY) if magnitude == uint32(INFINITY) else result
+        result = infinite if magnitude == uint32(INFINITY) else result
     else:
         result = min(result, limit)
+    if overflow == PROPAGATE:
+        infinite = and_(INFINITY, xor(below_zero, 0xFFFFFFFF))
+        result = infinite if magnitude == uint32(INFINITY) else result
     result = uint32(MAGNITUDE) if magnitude > uint32(INFINITY) else result
     sign = and_(bits, SIGN)
     sign = and_(sign, fmt.signed_zero) if result == uint32(0) else sign
@@ -73,7 +88,7 @@ def _finished(mode, infinity, bits, result, fmt):
 @inlined
 def saturated(bits, magnitude, fmt):
     """The rounded magnitude with its sign, after overflow, that of a block's number."""
-    return _finished(NEAREST, False, bits, magnitude, fmt)
+    return finished(NEAREST, SATURATE, bits, magnitude, fmt)
 
 
 @inlined
@@ -112,7 +127,7 @@ def zeros_of(magnitude, fmt):
 
 
 @inlined
-def nearest_one(infinity, bits, fmt):
+def nearest_one(overflow, bits, fmt):
     """A number of any value, for formats with 1 to 21 mantissa bits whose bias is not float32's."""
     cut = sub(shl(1, fmt.normal_drop), 1)
     kept, half_below, smallest_normal = xor(cut, 0xFFFFFFFF), shr(cut, 1), shl(add(fmt.lowest_level, 1), 23)
@@ -122,7 +137,7 @@ def nearest_one(infinity, bits, fmt):
     normal = and_(add(add(magnitude, and_(shr(magnitude, fmt.normal_drop), 1)), half_below), kept)
     small = as_bits((as_float(magnitude) + above) - above)
     result = small if magnitude < smallest_normal else normal
-    return _finished(NEAREST, infinity, bits, result, fmt)
+    return finished(NEAREST, overflow, bits, result, fmt)
 
 
 @inlined
@@ -158,7 +173,7 @@ def small_one(bits, index, noise, fmt, deep):
 
 
 @inlined
-def general_one(mode, infinity, bits, index, noise, fmt):
+def general_one(mode, overflow, bits, index, noise, fmt):
     """A number of any value, but for group.deep_group."""
     magnitude = and_(bits, MAGNITUDE)
     scale = sub(max(shr(magnitude, 23), uint32(1)), 1)
@@ -168,11 +183,13 @@ def general_one(mode, infinity, bits, index, noise, fmt):
     drop = min(whole_drop, uint32(30))
     below = sub(shl(1, drop), 1)
     added = uint32(0)
-    if mode == NEAREST:
+    if mode in (NEAREST, TO_ODD):
         last = shr(significand, drop)
         if fmt.mantissa == uint32(0):  # without a mantissa, the code is the exponent
             last = add(last, sub(level, fmt.lowest_level))
-        added = shr(add(below, and_(last, 1)), 1)
+        last = and_(last, 1)
+        # To odd: from an even code up to the next one, unless nothing is cut off.
+        added = shr(add(below, last), 1) if mode == NEAREST else and_(below, sub(last, 1))
     elif mode == NEAREST_AWAY:
         added = shr(add(below, 1), 1)
     elif mode == UP:
@@ -182,13 +199,16 @@ def general_one(mode, infinity, bits, index, noise, fmt):
     elif mode >= STOCHASTIC:
         added = shr(shr(word(index, noise.rounding), 1), sub(31, drop))
         if mode == FEW_BITS:
-            added = few_of(added, drop, fmt)
-            significand = shr(significand, min(sub(whole_drop, drop), uint32(31)))
+            # What is shifted out is less than all random bits, and counts for ties alone, as one bit.
+            too_far = min(sub(whole_drop, drop), uint32(31))
+            reached = shr(significand, too_far)
+            significand = or_(reached, and_(uint32(shl(reached, too_far) != significand), fmt.even))
+            added = few_of(added, drop, significand, fmt)
     rounded = shr(add(significand, added), drop)
     result = _times(rounded, shl(sub(add(level, 1), fmt.mantissa), 23))
     if fmt.same_bias:  # that place may be no normal number: compose the bits
         result = add(shl(rounded, drop), shl(scale, 23))
-    return _finished(mode, infinity, bits, result, fmt)
+    return finished(mode, overflow, bits, result, fmt)
 
 
 # Of blocks whose scale is a power of two
@@ -196,8 +216,8 @@ def general_one(mode, infinity, bits, index, noise, fmt):
 
 @inlined
 def exponent_of_block(largest, element):
-    """The exponent, as in float32's bits, of a block's largest magnitude; that of 1 where there are but zeros."""
-    return shr(min(largest, element.type_largest) if largest else uint32(_ONE), 23)
+    """The exponent, as in float32's bits, that decides a block's scale; that of 1 where there are but zeros."""
+    return shr(add(min(largest, element.type_largest) if largest else uint32(_ONE), element.addend), 23)
 
 
 @inlined
@@ -216,10 +236,14 @@ def of_block(element, lowest_level, exponent):
         fast_from=fast_from,
         deep_below=shl(sub(add(lowest_level, element.normal_drop), 29), 23),
         largest=largest,
-        largest_negative=largest,
+        largest_negative=and_(largest, xor(element.unsigned, 0xFFFFFFFF)),
         signed_zero=element.signed_zero,
         random_bits=element.random_bits,
         half_offset=element.half_offset,
+        even=element.even,
+        unsigned=element.unsigned,
+        ends_odd=element.ends_odd,
         levels_below=element.levels_below,
         type_largest=element.type_largest,
+        addend=element.addend,
     )

@@ -228,10 +228,14 @@ def _vector(numbers):
     return ir.Constant(ir.VectorType(_I32, VECTOR), [ir.Constant(_I32, number) for number in numbers])
 
 
-def _all(builder, value):
+def all_of(builder, value, vector_type):
     """A vector whose numbers are all the same."""
-    vector = builder.insert_element(_vector([0] * VECTOR), value, _I32(0))
+    vector = builder.insert_element(ir.Constant(vector_type, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(vector, vector, _vector([0] * VECTOR))
+
+
+def _all(builder, value):
+    return all_of(builder, value, ir.VectorType(_I32, VECTOR))
 
 
 def _magnitudes(builder, address, size=None):
@@ -278,6 +282,16 @@ def put_largest(typing_context, target, source, size):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@instruction
+def largest_of_vector(typing_context, source):
+    """uint32 (int64 source): the largest magnitude of VECTOR float32 numbers, NaNs aside."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.extract_element(_largest_everywhere(builder, _magnitudes(builder, arguments[0])), _I32(0))
+
+    return types.uint32(types.int64), generate
 
 
 @instruction

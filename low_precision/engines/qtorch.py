@@ -13,20 +13,24 @@ import qtorch
 import torch
 
 from low_precision.errors import SettingError
-from low_precision.formats import FLOAT32, NAMED, BlockFormat, Format, format_named
+from low_precision.formats import FLOAT32, NAMED, AnyFormat, BlockFormat, Format, format_named
 from low_precision.rounding import FewBits, Overflow, Rounding
 from low_precision.rules import Rule
+from low_precision.tables import Table
 
 ROUNDINGS = (Rounding.NEAREST, Rounding.STOCHASTIC)
 
 
-def to_qtorch(format: Format | BlockFormat) -> qtorch.number.Number:
+def to_qtorch(format: AnyFormat) -> qtorch.number.Number:
     """qtorch's number of the same values. ValueError where it has none."""
+    if isinstance(format, Table):
+        raise ValueError(f"{format.name} is no number of qtorch's, which has no tables")
     if isinstance(format, BlockFormat):
-        dims = {"tensor": -1, "row": 0, "column": 1}
-        if format.block not in dims:
+        dims, element = {"tensor": -1, "row": 0, "column": 1}, format.element
+        fits = format.block in dims and format.scaling.kind == "e8m0"
+        if not fits or isinstance(element, Table) or element.exponent_bits:
             raise ValueError(f"{format.name} is no qtorch.BlockFloatingPoint, which knows tensors, rows and columns")
-        return qtorch.BlockFloatingPoint(format.element.mantissa_bits + 2, dims[format.block])
+        return qtorch.BlockFloatingPoint(element.mantissa_bits + 2, dims[str(format.block)])
     if format.exponent_bits == 0:
         fraction = format.bias + format.mantissa_bits - 1
         if fraction < 1:
@@ -38,7 +42,7 @@ def to_qtorch(format: Format | BlockFormat) -> qtorch.number.Number:
     return qtorch.FloatingPoint(exp=format.exponent_bits, man=format.mantissa_bits)
 
 
-def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
+def from_qtorch(number: qtorch.number.Number) -> AnyFormat:
     """The format of the same values: a named one where there is one, else "qtorch_eXmY".
 
     ValueError where none is: for an exponent of 8 bits, fixed point without clamping, blocks along another dimension.
@@ -68,7 +72,7 @@ def from_qtorch(number: qtorch.number.Number) -> Format | BlockFormat:
 
 
 @cache
-def _quantizer(format: Format | BlockFormat, rounding: Rounding | FewBits) -> Any:
+def _quantizer(format: AnyFormat, rounding: Rounding | FewBits) -> Any:
     if rounding not in ROUNDINGS:
         raise SettingError("backend qtorch: rounding", str(rounding), "nearest, stochastic")
     from qtorch.quant import quantizer  # compiles: not before it is needed
@@ -76,9 +80,7 @@ def _quantizer(format: Format | BlockFormat, rounding: Rounding | FewBits) -> An
     return quantizer(forward_number=to_qtorch(format), forward_rounding=rounding.value)
 
 
-def quantize(
-    x: torch.Tensor, fmt: Format | BlockFormat, rounding: Rounding | FewBits, overflow: Overflow
-) -> torch.Tensor:
+def quantize(x: torch.Tensor, fmt: AnyFormat, rounding: Rounding | FewBits, overflow: Overflow) -> torch.Tensor:
     """qtorch's rounding of float32 `x`, without a key; overflow always saturates."""
     if overflow is not Overflow.SATURATE:
         raise SettingError("backend qtorch: overflow", overflow.value, "saturate")

@@ -76,6 +76,26 @@ class RoundingTask(Task):
 
 
 @_of_int64
+class TableTask(RoundingTask):
+    """Numbers that are rounded to a table; see engines/table_loops.py. `parameters` is of no use."""
+
+    __slots__ = ()
+
+    first_key: int  # one below that of the lowest threshold; a key is the bits of a number, made to be in their order
+    last_key: int  # of the highest one
+    shift: int  # how many low bits of a key a bucket has
+    buckets: int  # the address of uint32: for each bucket, how many thresholds lie below it
+    steps: int  # how often the thresholds of a bucket are halved
+    thresholds: int  # the address of int32: their keys, and larger ones behind them
+    values: int  # the address of float32
+    last: int  # the place of the last value
+    random_bits: int
+    whole: int  # the bits of the float64 number 2**random_bits
+    offset: int  # the bits of the float64 number 1/2 with half_offset, else 0
+    even: int  # 1 or 0
+
+
+@_of_int64
 class ImagesTask(RoundingTask):
     """Images that lie pixel by pixel, while their elements are counted channel by channel; see loops.channels_last."""
 
@@ -120,29 +140,50 @@ class LinesTask(BlocksTask):
 
 
 @_of_int64
-class ScaledTask(BlocksTask):
-    """Blocks whose scale is a number of a format times that of the tensor: see blocks.scales.
+class ScaledTask(LinesTask):
+    """Blocks whose numbers are multiplied by a factor, rounded, and scaled back; see blocks.Factors.
 
-    What is `float64` here stands in the task by its bits.
+    Addresses are of float32 numbers, one a block, which lie in memory as (outer, blocks of a line, inner).
     """
 
     __slots__ = ()
 
-    maxima: int  # the address of float32: the largest magnitude of each block
-    counted: int  # float64: the largest magnitude that counts
-    element_largest: int  # float64
-    tensor_scale: int  # float64: a power of two
-    scale_largest: int  # float64
-    scale_smallest: int  # float64
-    scale_lowest_exponent: int  # its smallest normal value is two to the power of this
-    scale_mantissa: int  # bits
+    encode: int  # an address
+    decode: int  # an address; that of `encode` where there is one level
+    tensor: int  # the bits of a float32 number; without two levels, of nothing
 
 
 @_of_int64
 class MaximaTask(Task):
-    """Blocks of which the largest magnitude is sought: float32, one a block."""
+    """Blocks of which the largest magnitude is sought: float32, as ScaledTask's factors lie."""
+
+    __slots__ = ()
+
+    length: int  # how many numbers a block has, the last of a line perhaps fewer
+    along: int  # numbers of a line
+    inner: int  # lines that lie side by side
+    type_largest: int  # the bits of the float32 number that stands for infinity
+
+
+@_of_int64
+class RotationTask(Task):
+    """Blocks of numbers that a Hadamard transform replaces."""
+
+    __slots__ = ()
+
+    numbers: int  # in all
+    inner: int  # lines that lie side by side: so far apart are the numbers of a block
+    before: int  # the address of float32 numbers: what each of a unit, or of a block, is multiplied by before
+    after: int  # and after the additions
+
+
+@_of_int64
+class QuestTask(Task):
+    """Blocks of which a factor is sought by the standard deviation (blocks.quest_factors): float32, one a block."""
 
     __slots__ = ()
 
     length: int  # how many numbers a block has
-    type_largest: int  # the bits of the float32 number that stands for infinity
+    places: int  # the next power of two
+    type_largest: int  # as MaximaTask has it
+    factor: int  # the bits of a float64 number: what the deviation is multiplied by

@@ -43,8 +43,21 @@ RUNS = {
     "cnn": ["--dataset", "digits", "--epochs", 4, "--batch-size", 60, "--test-split", 0.8, "--precision", "float8"],
     "augmented images": ["--dataset", "cifar10", "--model", "cnn", "--epochs", 4, "--batch-size", 8, *NOISY_BOSTON[6:]],
     "compensation": [*NOISY_BOSTON, "--site", "compensation=float8", "--momentum", 0.9],
+    "delayed scales": [
+        *[*NOISY_BOSTON, "--momentum", 0.9, "--site", "weights=float8_e4m3fn@tensor@delayed3"],
+        *["--site", "products=float8_e4m3fn@tensor@delayed4recent", "--site", "momentum=float8_e5m2@tensor@delayed2"],
+    ],
+    "scaled weights": [
+        *[*NOISY_BOSTON, "--optimizer", "adam", "--site", "weights=float4_e2m1fn@2x4", "--smallest-state", 10],
+        *["--site", "momentum.exp_avg=float8_e4m3fn@flat64@expand", "--site", "momentum=float8_e4m3fn@flat64"],
+    ],
+    "expanded weights": [*NOISY_BOSTON, "--site", "weights=float8_e4m3fn@flat8@expand"],
+    "collage": ["--dataset", "breast_cancer", "--epochs", 7, "--batch-size", 128, "--optimizer", "collage"],
     "average": ["--dataset", "cifar10", "--epochs", 4, "--batch-size", 8, "--average-last", 0.5],
     "batch norm": ["--dataset", "cifar10", "--epochs", 4, "--batch-size", 8, "--recipe", "qtorch-tutorial"],
+    "random bits of operands": [*BOSTON, "--model", "mlp", "--recipe", "nvfp4"],
+    "random signs": [*BOSTON, "--model", "mlp", "--recipe", "mxfp4-rht"],
+    "scales of earlier steps": [*BOSTON, "--model", "mlp", "--recipe", "te-delayed"],
 }
 
 

@@ -144,7 +144,7 @@ def test_without_lines_a_scheme_is_that_of_every_module():
         ({}, ["head/compensation=bfloat16"], "saturate", "compensation.*beside rounded weights.*in module head"),
         ({"weights": "float8", "compensation": "float32"}, ["head/weights=float32"], "saturate", "in module head"),
         ({"weights": "float8", "accumulator": "float32"}, ["head/compensation=fp16"], "saturate", "in module head"),
-        ({}, ["head/weights=float8"], "infinity", r"saturate \(head/weights: float8 has no infinity\)"),
+        ({}, ["head/weights=float8"], "infinity", r"saturate, propagate \(head/weights: float8 has no infinity\)"),
     ],
 )
 def test_which_rules_go_together_is_asked_for_each_module(rules_of_all, lines, overflow, message):

@@ -131,6 +131,7 @@ DAMAGES = {
 QUICK = [("garbage", ".nbi"), ("flipped", ".nbc")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "suffix"),
     [

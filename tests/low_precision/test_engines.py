@@ -16,7 +16,7 @@ import oracles
 import pytest
 import torch
 
-from low_precision.engines import eager, fused, loops, tasks
+from low_precision.engines import eager, fused, loops, tasks, threads
 from low_precision.formats import FLOAT32, NAMED, format_named
 from low_precision.noise import Key
 from low_precision.rounding import FewBits, Overflow, Rounding, is_random
@@ -24,9 +24,13 @@ from low_precision.tensor import quantize
 
 FIXED = ["fixed8.4", "fixed8.4s", "fixed16.12", "fixed2.0", "fixed3.5", "fixed25.126"]
 FORMATS = [*(n for n in NAMED if n != "float32"), "e2m0", "e3m0", "e8m0", "e8m3", "e2m23", "e8m22", "e8m23", *FIXED]
+P3109 = ["binary8p3se", "binary8p1ue", "binary4p1sf", "binary8p4uf", "binary16p8se", "binary9p9ue"]
+FORMATS += P3109
+WIDE = ["binary8p3ue", "binary12p3sf", "binary16p5se"]  # the latter two: float64 numbers alone, its smallest ones too
 BLOCKS = ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4"]
 BLOCKS += ["bfp2", "bfp8", "bfp8_row", "bfp8_column", "bfp16", "bfp24_row"]
 ROUNDINGS = [*Rounding, FewBits(1), FewBits(4), FewBits(8, True), FewBits(23), FewBits(23, True)]
+ROUNDINGS += [FewBits(5, even=True), FewBits(23, even=True)]
 ROOT = Path(__file__).parent.parent.parent
 # Each rounding mode is a kernel that must be compiled once: four of them for the quick tests, one of each kind.
 QUICK = (Rounding.NEAREST, Rounding.UP, Rounding.STOCHASTIC, FewBits(8, True))
@@ -152,12 +156,12 @@ def test_many_threads(rounding):
         assert same(quick, results[0][0])
 
 
-@pytest.mark.parametrize("name", ["float8", "e2m0", "e8m3", "e2m23", "float32", "fixed8.4", "fixed3.5"])
+@pytest.mark.parametrize("name", ["float8", "e2m0", "e8m3", "e2m23", "float32", "fixed8.4", "fixed3.5", *WIDE])
 @pytest.mark.parametrize("rounding", SOME, ids=str)
 @pytest.mark.parametrize("overflow", list(Overflow), ids=str)
 def test_fused_is_eager_in_float64(name, rounding, overflow):
     fmt = format_named(name)
-    if overflow is Overflow.INFINITY and not fmt.has_infinity:
+    if overflow is not Overflow.SATURATE and not fmt.has_infinity:
         fmt = replace(fmt, has_infinity=True)
     g = torch.Generator().manual_seed(9)
     x = torch.randint(-(2**63), 2**63 - 1, (N,), dtype=torch.int64, generator=g).view(torch.float64)
@@ -266,9 +270,9 @@ def test_values_so_small_that_two_words_do_not_decide(zeros):
 
 
 def test_threads_without_gnu_openmp(monkeypatch):
-    monkeypatch.setattr(fused, "_gomp_parallel", None)
+    monkeypatch.setattr(threads, "_gomp_parallel", None)
     test_many_threads(Rounding.STOCHASTIC)
-    assert fused._pool is not None
+    assert threads._pool is not None
 
 
 def test_threads_survive_a_fork():
@@ -352,12 +356,12 @@ def test_a_task_is_what_a_kernel_reads():
 
 @pytest.mark.slow
 def test_machine_code_is_made_again_when_a_file_that_it_comes_from_changes(tmp_path):
-    """numba itself looks only at the file of the kernel, loops64.py here; what is changed stands in group.py."""
+    """numba itself looks only at the file of the kernel, scaled.py here; what is changed stands in group.py."""
     shutil.copytree(ROOT / "low_precision", tmp_path / "low_precision", ignore=shutil.ignore_patterns("__pycache__"))
     code = """
 import torch
-from low_precision.engines import fused, loops64
-print(float(fused._maxima(torch.ones(1, 4), 9.0)), loops64.maxima().cache_hits)
+from low_precision.engines import scaled, scaled_lines
+print(float(scaled_lines.maxima(torch.ones(1, 300), 1, 300, 9.0)), scaled.maxima(False, False).cache_hits)
 """
 
     def largest() -> list[str]:

@@ -127,6 +127,7 @@ SITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SITES)
 def test_checkpointing_and_resuming_change_no_bit(name):
     left_alone = trained(None, **SITES[name])
@@ -135,6 +136,7 @@ def test_checkpointing_and_resuming_change_no_bit(name):
     assert equal_bits(trained(False, stop=6, **SITES[name]), left_alone)
 
 
+@pytest.mark.slow
 def test_the_seed_matters_here():
     """So equal bits above say something."""
     first = trained(None, **SITES["nvfp4"])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from low_precision import products, rules
+from low_precision import forms, products, rules
 from low_precision.blocks import rows
 from low_precision.clock import Clock
 from low_precision.engines import eager, fused, lines
@@ -201,8 +201,8 @@ def old_round_operand(quantizer, operand, reading, call, step, first_row, turn):
 @pytest.mark.parametrize("backend", ["eager", "fused"])
 def test_operands_as_of_lines_that_are_made_rows(spec, backend):
     quantizer = Quantizer(rules.rule_of(spec), ("wgrad.inputs", "layer"), Clock(seed=3), Overflow.SATURATE, backend)
-    linear, matmul = products.Linear(), products.Matmul(2)
-    convolution = products.Convolution((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    linear, matmul = forms.Linear(), forms.Matmul(2)
+    convolution = forms.Convolution((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
     readings = []
     for shape in [(40, 36), (3, 20, 36), (36,)]:
         x, w = numbers(shape, "wide"), numbers((50, 36), "wide")

@@ -16,7 +16,8 @@ from training_helpers import equal_bits
 import low_precision as lp
 from low_precision.clock import Clock
 from low_precision.formats import BLOCKS
-from low_precision.products import Matmul, Operands, Product, round_operand
+from low_precision.forms import Matmul
+from low_precision.products import Operand, Operands, Product, round_operand
 from low_precision.rules import OPERANDS, rule_of
 from low_precision.scheme import Scheme
 
@@ -93,10 +94,11 @@ def test_matmul(name, fmt):
     scheme, clock = Scheme(dict.fromkeys(OPERANDS, rule_of(OURS[fmt]))), Clock()
     quantizers = [scheme.quantizer(site, "matmul", clock) for site in OPERANDS]
     rounds = [
-        lambda x, reading, turn, quantizer=quantizer: round_operand(quantizer, x, reading, 0, 0, 0, turn)
+        Operand(lambda x, reading, turn, quantizer=quantizer: round_operand(quantizer, x, reading, 0, 0, 0, turn))
         for quantizer in quantizers
     ]
-    y = Product.apply(a, b, None, Matmul(a.ndim - 2), Operands(*rounds), itertools.count())
+    pairs = [tuple(rounds[i : i + 2]) for i in (0, 2, 4)]
+    y = Product.apply(a, b, None, Matmul(a.ndim - 2), Operands(*pairs), itertools.count())
     y.backward(vector["errors"])
     theirs = vector["results"][fmt]
     assert [key for key, x in (("y", y), ("da", a.grad), ("db", b.grad)) if not equal(x, theirs[key])] == []

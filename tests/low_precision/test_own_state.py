@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from fractions import Fraction
 
 import pytest
@@ -25,6 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMATS = [*NAMED, *BLOCKS, "e3m4", "e2m0", "fixed8.4", "fixed16.12s", "bfp8", "bfp8_row", "bfp8_column", "bfp4"]
 WITH_SCALES = ["nvfp4", "mxfp4", "bfp8_row", "bfp8_column"]
+SCALES = [
+    *("float8_e4m3fn@tensor", "float8_e5m2@column", "float8_e4m3fn@2x8", "float8_e4m3fn@flat16@pow2"),
+    *("float8_e4m3fn@tensor@delayed3", "float8_e5m2@tensor@delayed2recent+1", "float4_e2m1fn@2x4@float8_e4m3fn"),
+    *("float4_e2m1fn@16@quest", "float4_e2m1fn@8@headroom", "float8_e4m3fn@8@e8m0_even", "float8_e4m3fn@8@e8m0_rceil"),
+    *("float8_e4m3fn@flat16@expand", "int8@row", "dynamic8@flat16", "nf4@8@e8m0", "binary6p3ue@8@e8m0"),
+]
 
 
 class Shapes(nn.Module):
@@ -102,8 +109,11 @@ def check_resuming(kind, fmt, rounding, adam):
         assert equal_bits(state(model, optimizer), expected)
 
 
-@pytest.mark.parametrize("kind", ["weights", "accumulator", "compensation"])
-@pytest.mark.parametrize("fmt", WITH_SCALES)
+KINDS = ["weights", "accumulator", "compensation"]
+OF_KINDS = [(fmt, kind) for fmt in [*WITH_SCALES, "float8_e4m3fn@tensor@delayed3"] for kind in KINDS]
+
+
+@pytest.mark.parametrize(("fmt", "kind"), [*OF_KINDS, *((fmt, "weights") for fmt in SCALES if "delayed3" not in fmt)])
 def test_a_resumed_run_in_a_format_with_scales_is_the_run_that_was_left_alone(fmt, kind):
     check_resuming(kind, fmt, "stochastic", adam=fmt == "nvfp4")
     check_resuming(kind, fmt, "nearest", adam=False)
@@ -117,8 +127,8 @@ def test_a_resumed_run_is_the_run_that_was_left_alone(fmt):
 @pytest.mark.slow
 @pytest.mark.parametrize("adam", [False, True])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "toward_zero", "stochastic:4:half"])
-@pytest.mark.parametrize("kind", ["weights", "accumulator", "compensation"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", [*FORMATS, *SCALES])
 def test_every_resumed_run_is_the_run_that_was_left_alone(fmt, kind, rounding, adam):
     if kind != "compensation" or fmt != "float32":
         check_resuming(kind, fmt, rounding, adam)
@@ -130,11 +140,14 @@ def no_gradient_step(model, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "toward_zero", "stochastic"])
-@pytest.mark.parametrize("fmt", FORMATS)
+ZERO = [(fmt, rounding) for fmt in FORMATS for rounding in ("nearest", "toward_zero", "stochastic")]
+ZERO += [(fmt, "stochastic") for fmt in SCALES]
+
+
+@pytest.mark.parametrize(("fmt", "rounding"), ZERO)
 def test_a_gradient_of_zero_moves_no_weight(fmt, rounding):
     """An accumulator between two numbers of the weights' format is rounded stochastically anew at each step."""
-    kinds = ["weights", "compensation"] if rounding == "stochastic" else ["weights", "accumulator", "compensation"]
+    kinds = ["weights", "compensation"] if rounding == "stochastic" else KINDS
     for kind in kinds[: None if fmt != "float32" else -1]:
         model, optimizer = made(scheme(kind, fmt, rounding), False, fmt)
         before = [p.detach().clone() for p in model.parameters()]
@@ -162,7 +175,7 @@ def test_rows_without_a_gradient_stay_while_others_grow_and_come_back_from_a_fil
         other.load_state_dict(model.state_dict())
         assert torch.equal(other.weight, model.weight)
     assert torch.equal(model.weight[:4], before[:4])
-    assert float(model.weight.detach().abs().max()) > 64 * float(before.abs().max())
+    assert float(model.weight.detach().abs().max()) > 16 * float(before.abs().max())
 
 
 @pytest.mark.parametrize("how", ["another format", "a plain optimizer's"])
@@ -187,37 +200,58 @@ def test_a_state_of_others_is_rounded(how, adam):
 
 # What is recognised as stored
 
-E4M3 = sorted(
-    {Fraction(m, 8) * Fraction(2) ** e for e in range(-6, 9) for m in range(8, 16) if Fraction(m, 8) * 2**e <= 448}
-    | {Fraction(m, 8) * Fraction(2) ** -6 for m in range(1, 8)}
-)
-E2M1 = {Fraction(v) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)}
+E2M1 = [Fraction(v) for v in (0.5, 1, 1.5, 2, 3, 4, 6)]
+DIGITS = [Fraction(8 + n, 8) for n in range(8)]  # of a scale of E4M3; its power of two is one of the tensor's as well
+
+
+def float32(x):
+    """A fraction within float32's normal range, to nearest, ties to even."""
+    exponent = math.frexp(float(x))[1]
+    last = Fraction(2) ** (exponent - 24)
+    return round(x / last) * last
 
 
 def is_stored_by_hand(line):
-    """Whether each group of 16 consists of numbers of E2M1 under some scale of E4M3 times one power of two."""
+    """Whether each group of 16 consists of numbers of E2M1, times a scale of E4M3, times a float32 number."""
     exact = [abs(Fraction(v)) for v in line]
-    groups = [exact[i : i + 16] for i in range(0, len(exact), 16)]
-    return any(
-        all(not any(g) or any(all(v / (s * Fraction(2) ** e) in E2M1 for v in g) for s in E4M3) for g in groups)
-        for e in range(-24, 12)
+    groups = [sorted({v for v in exact[i : i + 16] if v}) for i in range(0, len(exact), 16)]
+
+    def is_under(group, scale, tensor):
+        return all(any(float32(q * scale * tensor) == v for q in E2M1) for v in group)
+
+    def tensors(largest, q, scale):
+        middle = float32(largest / q / scale)
+        return [middle * (1 + n * Fraction(2) ** -24) for n in range(-6, 7)]
+
+    return all(
+        not group
+        or any(
+            is_under(group, scale, float32(tensor))
+            for q in E2M1
+            for scale in DIGITS
+            for tensor in tensors(group[-1], q, scale)
+        )
+        for group in groups
     )
 
 
 def test_what_is_recognised_as_stored_is_what_exact_fractions_say():
     generator = torch.Generator().manual_seed(0)
 
-    def pick(values, n):
+    def pick(values, n=1):
         return torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]
 
     answers = []
-    for _ in range(30):
+    for _ in range(24):
         line = pick([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], 24) * pick([1.0, -1.0], 24)
-        line[:16] *= pick([1.0, 1.0, 1.0, 1.0, 9 / 8, 2.0], 16) if pick([0.0, 1.0], 1) else 1.0
-        line[16:] *= pick([2.0**-3, 13 * 2.0**-6, 17 * 2.0**-6], 1)  # 17 is no scale
+        line[:16] *= pick([1.0, 1.0, 1.0, 1.0, 9 / 8, 2.0], 16) if pick([0.0, 1.0]) else 1.0
+        line[16:] *= pick([2.0**-3, 13 * 2.0**-6, 11 / 8])
+        line[16:] *= torch.rand((), generator=generator)  # of two float32 roundings, this is the second one
+        if pick([0.0, 0.0, 1.0]):
+            line[16 + int(pick([0, 3, 7]))] *= 1 + 2.0**-22
         answers.append(stored.is_stored(line[None], BLOCKS["nvfp4"]))
         assert answers[-1] == is_stored_by_hand(line.tolist()), line
-    assert 5 < sum(answers) < 25
+    assert 5 < sum(answers) < 20
 
 
 @pytest.mark.parametrize(
@@ -226,7 +260,7 @@ def test_what_is_recognised_as_stored_is_what_exact_fractions_say():
 def test_what_was_rounded_is_recognised_and_random_numbers_are_not(rounding):
     torch.manual_seed(0)
     nvfp4 = BLOCKS["nvfp4"]
-    for key in range(60):
+    for key in range(24):
         exponent = torch.randint(-20, 20, (6, 1)).float() * (key % 4) if key % 3 else torch.full((6, 1), 2.0 * key)
         x = torch.randn(6, 37) * torch.exp2(exponent - (150 if key % 6 == 0 else 0))
         x[0] = 0 if key % 7 == 0 else x[0]
@@ -242,7 +276,7 @@ def test_what_is_not_finite_is_not_recognised(bad):
     assert not stored.is_stored(x, BLOCKS["nvfp4"])
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", [*FORMATS, *(fmt for fmt in SCALES if "delayed" not in fmt)])
 @pytest.mark.parametrize("rounding", ["nearest", "toward_zero", "stochastic"])
 def test_only_formats_that_say_so_move_when_they_are_rounded_again(fmt, rounding):
     torch.manual_seed(0)
@@ -251,7 +285,7 @@ def test_only_formats_that_say_so_move_when_they_are_rounded_again(fmt, rounding
     again = quantize(once, fmt, rounding, key=2)
     if not stored.moves_again(format_named(fmt)):
         assert torch.equal(once, again)
-    elif rounding != "nearest":
+    elif rounding == "stochastic" and any(word in fmt for word in ("nvfp4", "quest", "headroom", "expand", "even")):
         assert not torch.equal(once, again)  # else there would be nothing to take care of
 
 

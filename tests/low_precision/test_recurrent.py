@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.overrides import TorchFunctionMode
 
 from low_precision import recurrent
-from low_precision.products import Linear
+from low_precision.forms import Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

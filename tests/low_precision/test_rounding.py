@@ -174,7 +174,7 @@ GFLOAT_FORMATS = {
 
 @pytest.mark.parametrize("rounding", DIRECTED)
 @pytest.mark.parametrize("name", GFLOAT_FORMATS)
-@pytest.mark.parametrize("overflow", list(Overflow))
+@pytest.mark.parametrize("overflow", [Overflow.SATURATE, Overflow.INFINITY])
 def test_against_gfloat(name, rounding, overflow):
     fmt, info = NAMED[name], GFLOAT_FORMATS[name]
     if overflow is Overflow.INFINITY and not fmt.has_infinity:
@@ -261,10 +261,22 @@ def test_overflow_to_infinity(name):
         Rounding.TOWARD_ZERO: (fmt.largest, -fmt.largest),
         Rounding.UP: (math.inf, -fmt.largest),
         Rounding.DOWN: (fmt.largest, -math.inf),
+        # IEEE 754's infinity has an even code; without a mantissa the largest value has one too.
+        Rounding.TO_ODD: (fmt.largest, -fmt.largest) if fmt.mantissa_bits else (math.inf, -math.inf),
     }.items():
         ours = quantize(x, fmt, rounding, overflow="infinity").tolist()
         assert ours[:2] == (list(finite) if beyond else [huge, -huge])
         assert ours[2:] == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("rounding", list(Rounding))
+def test_infinities_are_propagated_where_there_are_some(rounding):
+    x = torch.tensor([1e9, -1e9, math.inf, -math.inf])
+    for name in ("float8_e5m2", "fp16"):
+        largest = format_named(name).largest
+        assert quantize(x, name, rounding, 1, overflow="propagate").tolist() == [largest, -largest, math.inf, -math.inf]
+    for name in ("float8", "float8_e4m3fn", "fixed8.4", "mxfp8_e4m3"):
+        assert torch.equal(quantize(x, name, rounding, 1, overflow="propagate"), quantize(x, name, rounding, 1))
 
 
 def test_no_double_rounding_below_the_smallest_normal():

@@ -12,7 +12,7 @@ from low_precision.rules import ALL_SITES
 from settings import recipes
 from settings.config import Config, ConfigError
 from settings.flags import config_of, flags_of
-from settings.recipes import RECIPES, Recipe, with_recipe
+from settings.recipes import FLAGS, RECIPES, Recipe, with_recipe
 
 FLOAT8 = {"precision": "float8", "model": "mlp"}
 
@@ -98,13 +98,15 @@ def test_bad_lines_are_refused_in_one_sentence(settings, words):
 
 def test_the_same_left_side_may_stand_once_in_a_recipe_and_once_among_the_flags(monkeypatch):
     of_recipe = {"precision": "float8", "site": ("fc/*=float32", "fc/weights=fp16", "weights=bfloat16")}
-    monkeypatch.setitem(RECIPES, "mine", Recipe("", "", of_recipe))
+    monkeypatch.setitem(RECIPES, "mine", Recipe("mine", "", ""))
+    monkeypatch.setitem(FLAGS, "mine", of_recipe)
     flags = {"site": ["fc/weights=bfloat16:up", "fc/products=mxfp4"]}
     made = with_recipe("mine", flags)["site"]
     assert made == ("fc/*=float32", "weights=bfloat16", "fc/weights=bfloat16:up", "fc/products=mxfp4")
     assert lines(Config.make(**with_recipe("mine", {})))[0] == "fc/*=float32"
-    assert "  --site 'fc/*=float32'\n" in recipes.table()  # as a shell takes it
-    assert "  --site weights=bfloat16" in recipes.table()
+    shown = " ".join(recipes.table().split())
+    assert "--site 'fc/*=float32' --site" in shown  # as a shell takes it
+    assert "--site weights=bfloat16" in shown
 
 
 # Runs

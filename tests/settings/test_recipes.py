@@ -19,9 +19,7 @@ from low_precision.rules import Rule, rule_of
 from low_precision.scheme import Scheme
 from low_precision.tensor import quantize
 from low_precision.wrap import quantize_model
-from settings import recipes
 from settings.config import Config
-from settings.recipes import RECIPES, with_recipe
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -194,22 +192,3 @@ def test_each_moment_is_rounded_by_its_site(cli, sites, first, second):
         assert torch.equal(quantize(moments, format_name), moments)
         narrower = {"float8": "e5m1", "bfloat16": "float8", "float16": "bfloat16", "fp16": "float16", "float32": "fp16"}
         assert not torch.equal(quantize(moments, narrower[format_name]), moments)
-
-
-def test_each_recipe_is_the_flags_that_its_table_shows():
-    blocks = dict(block.split(":", 1) for block in recipes.table().split("\n\n")[1:])
-    assert list(blocks) == list(RECIPES)
-    for name, block in blocks.items():
-        settings: dict = {}
-        for line in block.splitlines()[2:]:
-            key, value = line.strip().removeprefix("--").split(" ", 1)
-            key = key.replace("-", "_")
-            settings[key] = (*settings.get(key, ()), value) if key == "site" else value
-        assert Config.make(**settings) == Config.make(**with_recipe(name, {}))
-
-
-def test_every_recipe_trains(cli):
-    for name in RECIPES:
-        ran = cli("--dataset", "digits", "--recipe", name, "--epochs", 6, "--batch-size", 50)
-        assert ran.status == 0
-        assert ran.metrics[-1]["training_loss"] < ran.metrics[0]["training_loss"]

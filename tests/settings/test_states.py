@@ -6,7 +6,7 @@ import torch
 from lab import optimizers
 from low_precision.rules import ALL_SITES, COUNTS
 from settings.config import OPTIMIZERS, Config, ConfigError
-from settings.recipes import RECIPES, Recipe, with_recipe
+from settings.recipes import FLAGS, RECIPES, Recipe, with_recipe
 
 
 def refused(**settings) -> str:
@@ -97,7 +97,8 @@ def test_a_states_site_stands_beside_a_recipes_momentum(monkeypatch):
     made = Config.make(**with_recipe("qtorch-tutorial", settings)).rules()
     assert str(made["momentum"]) == "float16:stochastic"
     assert str(made["momentum.exp_avg_sq"]) == "bfloat16:nearest"
-    monkeypatch.setitem(RECIPES, "mine", Recipe("", "", {"site": ("momentum.exp_avg=fp16",), "precision": "float8"}))
+    monkeypatch.setitem(RECIPES, "mine", Recipe("mine", "", ""))
+    monkeypatch.setitem(FLAGS, "mine", {"site": ("momentum.exp_avg=fp16",), "precision": "float8"})
     assert with_recipe("mine", {"site": "momentum.exp_avg=float16"})["site"] == ("momentum.exp_avg=float16",)
     assert with_recipe("mine", {"site": "momentum=float16"})["site"] == ("momentum.exp_avg=fp16", "momentum=float16")
     with pytest.raises(ConfigError, match=r"--site: given momentum.exp_avg=fp16, allowed: no momentum"):
