@@ -82,7 +82,7 @@ def quantize(
         result = _quantize_blocks(x, fmt, rounding, key, dim, scale, by)
     else:
         dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
-        flat, first = x.reshape(-1), _first(key, x, x.numel())
+        flat, first = x.reshape(-1).contiguous(), _first(key, x, x.numel())  # reshape alone may give every other number
         if isinstance(fmt, Table):
             rounded = by.to_table(flat, fmt, rounding, key, first)
         else:

@@ -228,6 +228,7 @@ def test_layouts_types_and_places(rounding):
         x.to(memory_format=torch.channels_last),
         x.bfloat16().float().transpose(0, 3),
         x[:, ::2],
+        x.repeat_interleave(2, -1)[..., ::2],  # flattened, it is a view that has gaps
         x[1, 2, 3, 4],
     ):
         first, second = (engine.quantize(view, table, rounding, Overflow.SATURATE, key) for engine in (eager, fused))
