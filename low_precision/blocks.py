@@ -178,7 +178,7 @@ def _two_levels(
     tensor_encode = torch.where((amax == 0) | (tensor_encode == 0), one, tensor_encode)
     tensor_decode = one / tensor_encode
     decode = to_nearest(largest_in * (tensor_encode * (one / one.new_tensor(element.largest))), scale)
-    encode = (one / (decode * tensor_decode)).clamp_(max=most)
+    encode = (one / (decode * tensor_decode).clamp_(max=most)).clamp_(max=most)  # not 0, which makes infinities NaN
     return Factors(encode, decode, tensor_decode)
 
 
@@ -189,7 +189,7 @@ def quest_factors(blocks: Tensor, element: Format | Table, type_largest: float) 
     The sums are float64's, in halves: the same whoever adds them. What fills up a shorter block counts. Source: Quartet
     (arXiv:2505.14669) and its repository.
     """
-    numbers = blocks.double().nan_to_num_(nan=0.0, posinf=type_largest, neginf=-type_largest)
+    numbers = blocks.double().nan_to_num(nan=0.0, posinf=type_largest, neginf=-type_largest)
     count = numbers.new_tensor(blocks.shape[1])
     mean, squares = _sum(numbers) / count, _sum(numbers * numbers) / count
     deviation = (squares - mean * mean).clamp_(min=0.0).sqrt()
@@ -229,7 +229,8 @@ def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = numbers.to(dtype)
     if dtype.itemsize > 2 or not may_have_nan(numbers):
         return narrow
-    return narrow.view(torch.int16).masked_fill(numbers.isnan(), NAN_BITS[dtype]).view(dtype)
+    narrow.view(torch.int16).masked_fill_(numbers.isnan(), NAN_BITS[dtype])  # a new tensor might lie in another order
+    return narrow
 
 
 NAN_BITS = {torch.float16: 0x7FFF, torch.bfloat16: -1}  # in int16

@@ -222,6 +222,43 @@ def test_a_given_scale_is_that_of_delayed_scaling():
         quantize(x, "float8_e4m3fn@tensor", scale=scale)
     with pytest.raises(SettingError, match="scale: "):
         quantize(x, "float8_e4m3fn@tensor@delayed16", scale=scale.double())
+    with pytest.raises(TypeError, match=r"scale: given 3\.7, allowed: a float32 tensor \(\)"):
+        quantize(x, "float8_e4m3fn@tensor@delayed16", scale=3.7)
+
+
+@pytest.mark.parametrize("name", ["dynamic8@16@float8_e4m3fn", "dynamic8@4@fp16", "posit8_table@16@fp16", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinity_saturates_in_two_levels(name, dtype):
+    """Its group's scale times the tensor's may be beyond the type."""
+    x = torch.linspace(-1, 1, 64, dtype=dtype)
+    x[3], x[40] = math.inf, -math.inf
+    for backend in ("eager", "fused"):
+        rounded = quantize(x, name, backend=backend)
+        assert rounded.isfinite().all()
+        assert rounded[3] > 0.9 * torch.finfo(dtype).max
+        assert rounded[40] < -0.9 * torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize("scale", FOUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_rounded_stays_as_it_is(scale, dtype):
+    x = torch.tensor([1.0, math.nan, math.inf, -math.inf] * 8, dtype=dtype)
+    before = x.clone()
+    for backend in ("eager", "fused"):
+        rounded = quantize(x, f"float8_e4m3fn@32@{scale}", backend=backend)
+        assert rounded.isnan().tolist() == before.isnan().tolist()
+        assert torch.equal(x.nan_to_num(), before.nan_to_num())
+        assert x.isnan().sum() == 8
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "hif8", "float8_e4m3fn@column@pow2", "mxfp8_e4m3"])
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_a_nan_changes_no_memory_format(name, backend):
+    x = torch.randn(3, 5, 6, 7, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    x[1, 2, 3, 4] = math.nan
+    rounded = quantize(x, name, backend=backend)
+    assert rounded.is_contiguous(memory_format=torch.channels_last)
+    assert rounded.isnan().sum() == 1
 
 
 NAMES = {
