@@ -35,9 +35,10 @@ def quantize_expand(
         value = sign(q) * (|q| * s)**(1 / k) * c
 
     so k spreads a group by half of the element's range, squared. A quotient a / b beyond float32 counts as its largest
-    number. Source: COAT (Xi et al. 2024, arXiv:2410.19313), coat/optimizer/kernels/fp8_adamw_expand_cuda_kernel.cu at
-    80ec99f. There a zero may take the place of the smallest magnitude, depending on the thread that read it, and k is
-    infinite where all magnitudes are equal: both are mended here.
+    number, and so does a power; s is a normal number at least. Source: COAT (Xi et al. 2024, arXiv:2410.19313),
+    coat/optimizer/kernels/fp8_adamw_expand_cuda_kernel.cu at 80ec99f. There a zero may take the place of the smallest
+    magnitude, depending on the thread that read it, and k is infinite where all magnitudes are equal: both are mended
+    here.
     """
     most = min(type_largest, _FLOAT32.max)
     z = rows.float().nan_to_num(nan=math.nan, posinf=most, neginf=-most)
@@ -50,14 +51,14 @@ def quantize_expand(
     reach = _float32(torch.tensor(largest * largest / 2, dtype=torch.float64, device=z.device).log2())
     k = (reach / _float32(ratio.double().log2()) * _PARTS).floor() / _PARTS
     k = torch.where(ratio > 1, k, 1.0)
-    s = _power(a / c, k) / torch.full_like(a, largest)
+    s = (_power(a / c, k) / torch.full_like(a, largest)).clamp(min=_FLOAT32.tiny)
     q = to_elements(torch.copysign(_power(magnitudes / c, k), z) / s)
     values = _power(q.float().abs() * s, torch.ones_like(k) / k) * c
     return torch.copysign(values.clamp(max=_FLOAT32.max), q.float()).to(rows.dtype)
 
 
 def _power(x: Tensor, exponent: Tensor) -> Tensor:
-    return _float32(x.double().pow(exponent.double()))
+    return _float32(x.double().pow(exponent.double())).clamp(max=_FLOAT32.max)
 
 
 def _float32(x: Tensor) -> Tensor:

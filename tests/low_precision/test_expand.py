@@ -114,6 +114,16 @@ def test_special_values():
     assert lp.quantize(tiny, FMT).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["tf32", "bfloat16", "float16", "binary8p1ue"])
+def test_powers_beyond_float32_are_its_largest_number(name):
+    """Of an element that reaches far, where all magnitudes lie close together."""
+    x = 1.0 + torch.arange(128) % 3 * 2.0**-23
+    for factor in (1.0, 2.0**-100, 2.0**100):
+        rounded = lp.quantize(x * factor, f"{name}@flat128@expand")
+        assert rounded.isfinite().all()
+        assert float(rounded.max()) == pytest.approx(factor, rel=1e-6)
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "toward_zero", "stochastic:4"])
 def test_every_rounding_goes_to_a_neighbour(rounding):
     x = groups()[12:]
