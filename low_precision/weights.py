@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,8 +79,10 @@ class Weights:
         self._is_copy = self._said_copy = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy: the optimizers are the original's, until they are copied too."""
-        return vars(self) | {"optimizers": [], "_is_copy": True, "_trained": False}
+        """For a copy: the optimizers are the original's, until they are copied too. Its weights are not written yet."""
+        unchanged = {p for p in self.weights if self._versions.get(p) == version_of(p)}
+        expected = self._expected | {p: checksum for p, checksum in self.checksums().items() if p in unchanged}
+        return vars(self) | {"optimizers": [], "_expected": expected, "_is_copy": True, "_trained": False}
 
     def add(
         self,
@@ -279,7 +282,8 @@ class Weights:
         is_stored = moves_again and self._is_stored(p)
         raw = p.clone() if moves_again and not is_stored else None
         self.clock.writes += 1  # fresh noise each time: no step of ours may ever come between two of them
-        self._take_over(p, _OUTSIDE + self.clock.writes, is_stored=is_stored)
+        with nullcontext() if training else self.clock.delayed.standing():  # evaluation moves no scale
+            self._take_over(p, _OUTSIDE + self.clock.writes, is_stored=is_stored)
         if raw is not None:
             self._raw[p] = raw, self._versions[p]
         if not torch.equal(written, p):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -132,6 +133,34 @@ def test_a_resumed_run_is_the_run_that_was_left_alone(fmt):
 def test_every_resumed_run_is_the_run_that_was_left_alone(fmt, kind, rounding, adam):
     if kind != "compensation" or fmt != "float32":
         check_resuming(kind, fmt, rounding, adam)
+
+
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn@flat16@expand", "float8_e4m3fn@tensor@delayed3", "nvfp4"])
+def test_a_copied_pair_goes_on_with_the_same_bits(fmt):
+    pair = made(scheme("weights", fmt, "stochastic"), False, fmt)
+    train(*pair, range(2))
+    twin, loaded = copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))
+    train(*pair, range(2, 4))
+    for other in (twin, loaded):
+        train(*other, range(2, 4))
+        assert equal_bits(state(*other), state(*pair))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_an_evaluation_replaces_move_no_delayed_scale(kind):
+    fmt = "float8_e4m3fn@tensor@delayed3"
+    (model, optimizer), pair = (made(scheme(kind, fmt, "nearest"), False, fmt) for _ in range(2))
+    for step in range(4):
+        train(model, optimizer, [step])
+        train(*pair, [step])
+        weights = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            model.load_state_dict({name: 1e3 * torch.randn_like(x) for name, x in weights.items()})
+            model.eval()(torch.ones(2, 2, 4, 4))
+            model.load_state_dict(weights)
+            model(torch.ones(2, 2, 4, 4))
+            model.train()
+    assert equal_bits(state(model, optimizer), state(*pair))
 
 
 def no_gradient_step(model, optimizer):
