@@ -80,6 +80,8 @@ class BlockFormat:
         check("scale", reach, lambda _: self._largest_product() <= LARGEST_FLOAT32)
         one_line = "another one than quest and expand, which take groups of one line"
         check("scale", one_line, lambda _: self.scaling.kind not in ("quest", "expand") or group_lines(self.block) == 1)
+        if self.scaling.kind == DELAYED:
+            check("block", "tensor, of which a delayed scale is one", lambda block: block == "tensor")
         if isinstance(self.element, Table):
             check("scale", "one that asks for no digits of a Table", lambda _: self.scaling.kind != "e8m0_even")
         check("has_infinity", "False", lambda there: there is False)
@@ -126,7 +128,7 @@ class BlockFormat:
 
 def _is_scale(value: Any) -> bool:
     if isinstance(value, Scaling):
-        return value.kind in SCALES or value.history > 0 or isinstance(value.element, Format)
+        return value.is_known and (value.element is None or isinstance(value.element, Format))
     return isinstance(value, Format) and value.smallest_subnormal <= 1 <= value.largest
 
 

@@ -64,6 +64,16 @@ class Scaling:
             return self.kind
         return f"delayed{self.history}{'recent' * self.recent}{f'+{self.margin}' * bool(self.margin)}"
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it is one of those kinds, with what that kind has and nothing besides."""
+        if self.kind == DELAYED:
+            is_whole = type(self.history) is int and type(self.recent) is bool and type(self.margin) is int
+            is_in_range = is_whole and 1 <= self.history <= _LONGEST_HISTORY and 0 <= self.margin <= _LARGEST_MARGIN
+            return is_in_range and self.element is None
+        has_nothing = (self.history, self.recent, self.margin) == (0, False, 0)
+        return has_nothing and self.kind in (SCALES if self.element is None else (TWO_LEVEL,))
+
     @functools.cached_property
     def is_power(self) -> bool:
         """Whether it is a power of two that is found and applied without any rounding, as in OCP's Microscaling."""

@@ -53,8 +53,9 @@ class Table:
         for low, high in itertools.pairwise(self.values):
             if not low < high:
                 raise SettingError(f"{name}: values", f"{high!r} after {low!r}", "numbers in order, each once")
-        if isinstance(self.first_code, bool) or not isinstance(self.first_code, int):
-            raise SettingError(f"{name}: first_code", shown(self.first_code, repr), "a whole number")
+        code, most = self.first_code, _MOST_VALUES
+        if isinstance(code, bool) or not isinstance(code, int) or not -most <= code <= most:
+            raise SettingError(f"{name}: first_code", shown(code, repr), f"a whole number, -{most} .. {most}")
         if self.has_infinity is not False:
             raise SettingError(f"{name}: has_infinity", shown(self.has_infinity, repr), "False")
         object.__setattr__(self, "values", tuple(float(value) + 0.0 for value in self.values))  # no negative zero

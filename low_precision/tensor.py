@@ -106,6 +106,8 @@ def _check_dim(dim: int, dimensions: int) -> None:
 
 
 def _check_scale(scale: Tensor | None, format: AnyFormat) -> None:
+    if scale is not None and not isinstance(scale, Tensor):
+        raise wrong_type("scale", scale, "a float32 tensor ()")
     is_delayed = isinstance(format, BlockFormat) and format.scaling.kind == DELAYED
     if is_delayed and scale is None:
         allowed = "a format whose scale follows from the tensor alone; a delayed scale has a model and its optimizer"

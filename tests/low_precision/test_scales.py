@@ -314,7 +314,12 @@ def test_a_format_of_ones_own_says_its_scale():
     x = torch.from_numpy(random(16, 32))
     own = BlockFormat("own", e4m3, "8x16", Scaling("pow2"), "")
     assert torch.equal(quantize(x, own), quantize(x, "float8_e4m3fn@8x16@pow2"))
-    for wrong in ({"block": "8x"}, {"scale": Scaling("e9m0")}, {"scale": "pow2"}, {"scale": format_named("bfloat16")}):
+    scalings = [Scaling("e9m0"), Scaling("e9m0", history=4), Scaling("two_level"), Scaling("float32", e4m3)]
+    scalings += [Scaling("delayed", history=history, margin=margin) for history, margin in ((0, 0), (1.5, 0), (4, -2))]
+    wrong_fields = [{"block": "8x"}, {"scale": "pow2"}, {"scale": format_named("bfloat16")}]
+    wrong_fields += [{"scale": scaling} for scaling in scalings]
+    wrong_fields += [{"block": 8, "scale": Scaling("delayed", history=4)}]
+    for wrong in wrong_fields:
         fields = {"name": "own", "element": e4m3, "block": 8, "scale": None, "source": ""} | wrong
         with pytest.raises(SettingError, match=f"own: {next(iter(wrong))}"):
             BlockFormat(**fields)

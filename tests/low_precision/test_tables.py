@@ -318,8 +318,9 @@ def test_a_table_says_what_is_wrong_with_it():
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(TypeError, match="a tuple"):
         Table("own", [1.0, 2.0], "")
-    with pytest.raises(SettingError, match="first_code"):
-        Table("own", (0.0, 1.0), "", first_code=0.5)
+    for wrong in (0.5, 2**70):
+        with pytest.raises(SettingError, match="first_code"):
+            Table("own", (0.0, 1.0), "", first_code=wrong)
     assert Table("own", (-1, -0.0, 2), "").values == (-1.0, 0.0, 2.0)
     assert not math.copysign(1, Table("own", (-1, -0.0, 2), "").values[1]) < 0
     with pytest.raises(FrozenInstanceError):
