@@ -226,7 +226,7 @@ def of_block(element, lowest_level, exponent):
     largest = add(element.largest, shl(sub(exponent, shr(element.largest, 23)), 23))
     zero: Any = uint32(0)
     fast_from = zero
-    if element.signed_zero and element.mantissa:
+    if element.signed_zero and element.mantissa and element.normal_drop:
         fast_from = shl(add(lowest_level, 1), 23)
     return Parameters(
         normal_drop=element.normal_drop,

@@ -67,7 +67,7 @@ class Parameters(NamedTuple):
             largest=largest,
             largest_negative=largest & ~self.unsigned,
             same_bias=0,
-            fast_from=(lowest_level + 1) << 23 if self.signed_zero and self.mantissa else 0,
+            fast_from=(lowest_level + 1) << 23 if self.signed_zero and 0 < self.mantissa < 23 else 0,
             deep_below=(lowest_level + self.normal_drop - 29) << 23,
         )
 

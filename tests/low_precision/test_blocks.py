@@ -307,6 +307,17 @@ def test_blocks_run_along_a_dimension(dim):
         quantize(x, "mxfp8_e4m3", dim=3)
 
 
+@pytest.mark.parametrize(
+    "name", ["e5m23", "e2m23@8@e8m0", "e5m23@tensor@e8m0", "e2m22@8@e8m0", "e3m23@flat8@e8m0_ceil"]
+)
+@pytest.mark.parametrize("rounding", ["nearest", "nearest_away", "up", "stochastic", "stochastic:4:half"])
+def test_elements_with_as_many_digits_as_float32(name, rounding):
+    for x in (torch.from_numpy(random(9, 20)), torch.tensor(-1.59)):
+        eager, fused = (quantize(x, name, rounding, 3, backend=backend) for backend in ("eager", "fused"))
+        assert torch.equal(eager, fused)
+        assert torch.allclose(fused, x, rtol=2**-20, atol=2**-14 * float(x.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4", "mxint8", "nvfp4", "bfp8"])
 def test_stochastic_rounding_in_blocks_keeps_the_mean(name):
     x = torch.from_numpy(random(4, 64, seed=11))
