@@ -125,6 +125,12 @@ def _power_below(x: Tensor) -> Tensor:
     return x.view(torch.int64) & _EXPONENT
 
 
+def _power_not_above(x: Tensor) -> Tensor:
+    """The same of numbers > 0 as float64, subnormal ones too, which become larger by an exact factor first."""
+    up = torch.where(x < 1, x.new_tensor(2.0**64), x.new_tensor(1.0))
+    return _power_below(x * up).view(torch.float64) / up
+
+
 _EXPONENT = 0x7FF << 52  # of float64
 _SMALLEST_SCALE, _LARGEST_SCALE = (1023 - 127) << 52, (1023 + 127) << 52  # 2**-127 and 2**127
 
@@ -164,7 +170,7 @@ def factors(
     # A number in place of the tensor would be multiplied by the reciprocal, which is rounded too.
     encode = (largest_in.new_tensor(largest) / largest_in).clamp_(max=torch.finfo(largest_in.dtype).max)
     if kind == "pow2":
-        encode = _power_below(encode.double()).view(torch.float64).to(largest_in.dtype)
+        encode = _power_not_above(encode.double()).to(largest_in.dtype)
     return Factors(encode.masked_fill_(largest_in == 0, 1.0))
 
 

@@ -239,6 +239,18 @@ def test_an_infinity_saturates_in_two_levels(name, dtype):
         assert rounded[40] < -0.9 * torch.finfo(dtype).max
 
 
+@pytest.mark.parametrize("name", ["nf4@16@pow2", "binary3p1sf@tensor@pow2", "float8_e4m3fn@16@pow2", "nf4@16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinity_saturates_where_the_scale_is_a_subnormal_number(name, dtype):
+    x = torch.linspace(-1, 1, 64, dtype=dtype)
+    x[3] = math.inf
+    largest = torch.finfo(dtype).max
+    for backend in ("eager", "fused"):
+        rounded = quantize(x, name, backend=backend)
+        assert rounded.isfinite().all()
+        assert largest / 2 < rounded[3] <= largest
+
+
 @pytest.mark.parametrize("scale", FOUND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_rounded_stays_as_it_is(scale, dtype):
