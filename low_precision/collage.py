@@ -18,6 +18,7 @@ from torch import Tensor
 from low_precision.errors import SettingError, nearest
 
 _VARIANTS = ("plus", "light")
+_TYPES = (torch.float32, torch.float64, torch.bfloat16)  # that hold all numbers of bfloat16
 
 
 class CollageAdamW(torch.optim.Optimizer):
@@ -25,7 +26,8 @@ class CollageAdamW(torch.optim.Optimizer):
 
     params: float32 or bfloat16; values of bfloat16 alone (others are rounded to it by the first step). betas, eps,
     weight_decay: as torch.optim.AdamW; eps is Collage's own default. variant: "plus", or "light". SettingError for
-    numbers out of range and unknown words, RuntimeError for a sparse gradient.
+    numbers out of range and unknown words, in a group of its own too; TypeError for parameters of other types,
+    RuntimeError for a sparse gradient.
 
     The state of a parameter w, of its type: exp_avg m; exp_avg_sq v; weight_rest dw, so that the weight is w + dw; and
     with "plus" exp_avg_sq_rest dv, so that the second moment is v + dv. What stands between semicolons is computed in
@@ -58,15 +60,14 @@ class CollageAdamW(torch.optim.Optimizer):
         *,
         variant: str = "plus",
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise SettingError(name, repr(value), "a number >= 0")
-        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-            raise SettingError("betas", repr(betas), "two numbers, 0 <= beta < 1")
-        if variant not in _VARIANTS:
-            raise SettingError("variant", repr(variant), ", ".join(_VARIANTS), nearest(str(variant), _VARIANTS))
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "variant": variant}
+        _check(defaults)
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):  # else torch says so
+            _check(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,6 +79,8 @@ class CollageAdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                if p.dtype not in _TYPES:
+                    raise TypeError(f"CollageAdamW: given a parameter of {p.dtype}, allowed: float32, bfloat16")
                 if p.grad.layout != torch.strided:
                     raise RuntimeError("CollageAdamW: given a sparse gradient, allowed: a dense one")
                 self._update(p, self._state_of(p, group["variant"]), group)
@@ -111,6 +114,19 @@ class CollageAdamW(torch.optim.Optimizer):
         w, rest = grow(w, state["weight_rest"].float(), update)
         for kept, value in ((state["exp_avg"], m), (state["exp_avg_sq"], v), (state["weight_rest"], rest), (p, w)):
             kept.copy_(value)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """SettingError for what a group of parameters cannot have."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not (isinstance(group[name], int | float | Tensor) and 0 <= group[name] < math.inf):
+            raise SettingError(name, repr(group[name]), "a number >= 0")
+    betas, variant = group["betas"], group["variant"]
+    is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not (is_pair and all(isinstance(beta, int | float | Tensor) and 0 <= beta < 1 for beta in betas)):
+        raise SettingError("betas", repr(betas), "two numbers, 0 <= beta < 1")
+    if variant not in _VARIANTS:
+        raise SettingError("variant", repr(variant), ", ".join(_VARIANTS), nearest(str(variant), _VARIANTS))
 
 
 def grow(x: Tensor, rest: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

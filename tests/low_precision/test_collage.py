@@ -200,3 +200,13 @@ def test_wrong_settings(settings, setting):
     with pytest.raises(SettingError) as error:
         lp.CollageAdamW([nn.Parameter(torch.zeros(1))], **settings)
     assert error.value.setting == setting
+    with pytest.raises(SettingError):
+        lp.CollageAdamW([{"params": [nn.Parameter(torch.zeros(1))], **settings}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64])
+def test_parameters_that_do_not_hold_bfloat16s_numbers_are_refused(dtype):
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=f"a parameter of {dtype}, allowed: float32, bfloat16"):
+        lp.CollageAdamW([p]).step()
