@@ -121,8 +121,9 @@ def _tries(format: BlockFormat) -> Iterator[_Scaled]:
             yield functools.partial(_under_a_power, element, value, 0.75 if kind == "headroom" else 1.0)
     most = torch.finfo(torch.float32).max  # a scale that would have been infinite
     if scale_format is not None:
+        smallest = torch.tensor(1.0, dtype=torch.float32, device="cpu") / most
         for scale in _magnitudes(scale_format):
-            yield functools.partial(_with_two_levels, element, scale, torch.tensor(1.0) / most)
+            yield functools.partial(_with_two_levels, element, scale, smallest)
     elif kind in ("float32", DELAYED):
         yield lambda x, largest: quantize(x * most, element) / torch.full_like(x, most)
 
