@@ -416,7 +416,10 @@ def _convert(f: Field, value: Any) -> Any:
     try:
         return kind.convert(value)
     except SettingError as error:
-        raise refused(f.name, value, kind.allowed, error.nearest, error.note) from None
+        if error.setting is not None:  # of the library, which knows nothing of what else the flag takes
+            raise refused(f.name, value, kind.allowed, error.nearest, error.note) from None
+        exact = error.value or _shown(value), error.allowed or kind.allowed
+        raise ConfigError(flag(f.name), *exact, error.nearest, error.note) from None
     except (TypeError, ValueError, OverflowError, AttributeError):
         raise refused(f.name, value, kind.allowed) from None
 

@@ -13,7 +13,17 @@ from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.recipe import is_recipe_name
 from low_precision.rounding import ROUNDING_NAMES, rounding_named
-from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, SITES, check_site, in_order, is_site, site_line
+from low_precision.rules import (
+    ALL_SITES,
+    LINE_FORM,
+    OPERANDS,
+    PRODUCTS,
+    SITES,
+    check_site,
+    in_order,
+    is_site,
+    site_line,
+)
 from low_precision.transforms import ALLOWED as transforms_allowed
 from low_precision.transforms import product_transforms, texts_of, transforms_of
 
@@ -23,7 +33,8 @@ class Kind:
     """What a setting may be.
 
     allowed: that in words. convert: takes a flag's text or a value, gives the value, or raises ValueError; a
-    SettingError where it knows the nearest known word.
+    SettingError where it knows the nearest known word. One that names no setting may say more exactly than `allowed`
+    what was wrong, and what is allowed there; else these are empty.
     """
 
     allowed: str
@@ -98,7 +109,7 @@ def rounding_name(value: Any) -> str:
 def loss_scale(value: Any) -> float | str:
     """A factor, or "dynamic"."""
     if isinstance(value, str) and nearest(value, ("dynamic",)) and value != "dynamic":
-        raise SettingError(None, shown(value), "", "dynamic")
+        raise SettingError(None, "", "", "dynamic")
     return value if value == "dynamic" else FACTOR.convert(value)
 
 
@@ -110,7 +121,7 @@ def sites(value: Any) -> tuple[str, ...]:
     known = (*SITES, *OPERANDS, PRODUCTS, "all", "none")
     for name in chosen:
         if not is_site(name) and (near := nearest(name, known)) in ("all", "none"):
-            raise SettingError(None, shown(value), "", near)
+            raise SettingError(None, "", "", near)
         check_site(name)
     if len(set(chosen)) < len(chosen):
         raise ValueError
@@ -124,23 +135,32 @@ def overrides(value: Any) -> tuple[str, ...]:
     Patterns have no comma and no semicolon, which stand between the values of a sweep.
     """
     texts = (value,) if isinstance(value, str) else tuple(value)
-    lines = [site_line(one) for one in texts]
+    lines = [_one_of_several(text, site_line) for text in texts]
     left_sides = [line.left_side for line in lines]
     if twice := [left for number, left in enumerate(left_sides) if left in left_sides[:number]]:
-        raise SettingError(None, shown(value), "", note=f" ({twice[0]} stands there twice)")
+        raise SettingError(None, "", "", note=f" ({twice[0]} stands there twice)")
     if marked := [line.left_side for line in lines if set(",;") & set(line.pattern or "")]:
-        raise SettingError(None, shown(value), "", note=f" (the pattern of {marked[0]} has a comma or a semicolon)")
+        raise SettingError(None, "", "", note=f" (the pattern of {marked[0]} has a comma or a semicolon)")
     return texts
 
 
 def transforms(value: Any) -> tuple[str, ...]:
     """[PRODUCT=]TRANSFORM, one or a sequence of them, each left side once; "none" and nothing else: none at all."""
     texts = texts_of(value)
-    left_sides = [text.rpartition("=")[0] for text in texts if product_transforms(text)]
+    left_sides = [text.rpartition("=")[0] for text in texts if _one_of_several(text, product_transforms)]
     if twice := [left for number, left in enumerate(left_sides) if left in left_sides[:number]]:
         name = twice[0] or "one without a PRODUCT"
-        raise SettingError(None, shown(value), "", note=f" ({name} stands there twice)")
+        raise SettingError(None, "", "", note=f" ({name} stands there twice)")
     return texts if transforms_of(texts) else ()
+
+
+def _one_of_several(text: Any, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of one text of a flag that takes several; a SettingError says which one is wrong, and why."""
+    try:
+        return read(text)
+    except SettingError as error:
+        part = "" if error.setting in ("site", "transform") else f"{LINE_FORM} with the {error.setting} "
+        raise SettingError(None, shown(text), f"{part}{error.allowed}", error.nearest, error.note) from None
 
 
 def patterns(value: Any) -> tuple[str, ...]:

@@ -247,3 +247,20 @@ def test_the_pages_python_runs():
         assert str(names["model"].low_precision.scheme.rules["forward.inputs"]) == "mxfp4:nearest"
     finally:
         library.RECIPES.pop("mxfp4-forward", None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "expected"),
+    [
+        ("--site", "dgrad.weights=forward.inputs", "allowed: forward.weights, forward.weights>FORMAT[:ROUNDING], or"),
+        ("--site", "products=float8@33x", "allowed: [PATTERN/]SITE=FORMAT[:ROUNDING] with the group tensor, row,"),
+        ("--site", "weights=float8:stoch", "with the rounding nearest,"),
+        ("--transform", "wgrad=hadamard17", "(did you mean hadamard16?), allowed: [PRODUCT=]none or"),
+    ],
+)
+def test_a_wrong_text_beside_a_recipe_is_named_alone_and_says_why(flag, text, expected):
+    """And not with the recipe's own texts, which nobody wrote."""
+    with pytest.raises(ConfigError) as refusal:
+        config_of(["--recipe", "nvfp4", flag, text])
+    assert (refusal.value.setting, refusal.value.value) == (flag, text)
+    assert expected in str(refusal.value)
