@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab.console import command, say
+from lab.console import command, say, show, warnings_in_a_line
 from lab.record import REPLACING, status
 from lab.resume import RunEnded, offer, to_resume
 from low_precision import formats
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         config, options = configure(argv)
         debug, resume = options.debug, options.resume
         if config is None:
-            print(options.table() if options.table else "")
+            show(options.table() if options.table else "")
             return 0
         if resume and resume.name == config.folder_name and (ended := status(resume)) in REPLACING:
             print(f"{config.name}: {ended}, nothing is left to do\nrecord: {resume}")
@@ -84,9 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         import train  # torch: not before the arguments are right
         from lab.session import report
 
-        result = train.run(config, command("main.py", *argv), resume)
+        with warnings_in_a_line():
+            result = train.run(config, command("main.py", *argv), resume)
         if first:
-            print(report(result))
+            show(report(result))
         return 0
     except SettingError as error:  # of the library, where only the model could tell: a site that reaches nothing
         if first:

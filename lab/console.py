@@ -8,9 +8,12 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import low_precision
 from settings.config import Config
 
 if TYPE_CHECKING:
@@ -27,6 +30,30 @@ def say(*lines: str) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else Python fails at its end, with what could not be said
+
+
+def show(text: str) -> None:
+    """What was asked for, on stdout; whoever reads it may stop when that is enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at its end
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Inside, what the library warns of is one line on stderr, without the place in its code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], filename: str, *where: Any) -> None:
+            if category is UserWarning and Path(filename).parent.name == low_precision.__name__:
+                say(f"warning: {message}")
+            else:
+                others(message, category, filename, *where)
+
+        warnings.showwarning = shown
+        yield
 
 
 def command(script: str, *words: str) -> str:

@@ -363,3 +363,21 @@ def test_a_tiny_cifar10_from_the_command_line(cli, tmp_path):
     assert names(folder) == sorted(CIFAR10_FILES)  # nothing written beside the data
     again = cli(*arguments, "--model", "linear", "--epochs", 12, "--learning-rate", 0.001)
     assert again.summary["training_loss"] < again.metrics[0]["training_loss"]
+
+
+def test_whoever_reads_a_table_may_stop(tmp_path):
+    """`python main.py --list-recipes | head`"""
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--list-recipes"], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_what_the_library_warns_of_is_one_line(cli):
+    ran = cli("--dataset", "digits", "--epochs", 1, "--recipe", "adam8bit", "--wandb", "disabled")
+    lines = [line for line in ran.err.splitlines() if not line.startswith("epoch ")]
+    text = "warning: momentum: states of fewer than 4096 numbers stay in float32, those of conv1.weight, conv1.bias"
+    assert [line.startswith(text) for line in lines] == [True], ran.err
