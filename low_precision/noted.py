@@ -133,8 +133,9 @@ class Notes:
         sites = [site for site in (None if is_kernel else tensor, stored) if site in caller.rules]
         rules = [caller.rules[site] for site in sites if site is not None and is_there(site, caller.rules[site])]
         function = name.removeprefix(caller.module).removeprefix(":")
-        rule = str(rules[0]) if rules else NOT_ROUNDED
         transform = None if is_kernel else caller.transforms.get(tensor.partition(".")[0])
+        unruled = "bfloat16:nearest" if transform and transform.bfloat16 else NOT_ROUNDED
+        rule = str(rules[0]) if rules else unruled
         row = Row(caller.module, caller.kind, function, tensor, rule, 0, str(transform or ""))
         self._counts[row] += 1
 

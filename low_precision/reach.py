@@ -68,7 +68,8 @@ def check(
         reached |= set(OPERANDS)
     for site in wanted:
         if site in when and site not in reached:
-            raise SettingError("site", site, f"one that this model has: {_there(notes, notes.modules)}")
+            note = " (a recipe rounds products with a weight alone)" if by_recipe and site in OPERANDS else ""
+            raise SettingError("site", site, f"one that this model has: {_there(notes, notes.modules)}", note=note)
     for line in lines:
         modules = {name for name in notes.modules if line.reaches([name])}
         meant = OPERANDS if line.site == PRODUCTS else (line.site,)

@@ -335,3 +335,22 @@ def test_a_recipe_is_a_name_or_a_row():
         lp.quantize_model(mlp(), recipe=3)
     with pytest.raises(TypeError, match="recipe a: operands: given 'float8'"):
         Recipe("a", "", "", operands="float8")
+
+
+def test_a_recipe_without_a_product_that_it_reaches_says_why():
+    class Scores(nn.Module):
+        def forward(self, x):
+            return x @ x.mT
+
+    with pytest.raises(SettingError, match=r"forward.inputs, allowed: .* \(a recipe rounds products with a weight"):
+        lp.quantize_model(nn.Sequential(nn.LayerNorm(4), Scores()), recipe="nvfp4")(torch.randn(2, 4))
+
+
+def test_what_a_transform_alone_rounds_is_said():
+    """nvfp4's transform rounds to bfloat16, where no operand has a rule too."""
+    model = lp.quantize_model(nn.Linear(16, 8), recipe="nvfp4", products="float32")
+    rows = {row.tensor: row.shown for row in lp.coverage(model, torch.randn(4, 16)).rows}
+    assert rows["wgrad.inputs"] == rows["wgrad.errors"] == "bfloat16:nearest with hadamard16:fixed:bfloat16"
+    assert rows["forward.inputs"] == NOT_ROUNDED
+    plain = lp.quantize_model(nn.Linear(16, 8), recipe="nvfp4", products="float32", transform="none")
+    assert {row.rule for row in lp.coverage(plain, torch.randn(4, 16)).rows} == {NOT_ROUNDED}
