@@ -1,5 +1,7 @@
 """A run's rounding, from its settings; and what rounding makes of numbers: `python quant.py float8 0.3 1.1`.
 
+`python quant.py --show float8` tells what a format can hold, and how far rounding to it goes wrong.
+
 `from quant import quantize, quantize_model, quantize_optimizer` gives the calls of the library low_precision.
 """
 
@@ -22,6 +24,7 @@ from low_precision.model import LowPrecision
 from low_precision.rounding import Overflow, Rounding, is_random
 from low_precision.rules import rule_of
 from low_precision.scheme import Scheme
+from low_precision.watcher import Watcher, watch
 from settings.config import Config, ConfigError
 
 __all__ = ["RunRounding", "quantize", "quantize_model", "quantize_optimizer", "round_run"]
@@ -30,11 +33,12 @@ __all__ = ["RunRounding", "quantize", "quantize_model", "quantize_optimizer", "r
 class RunRounding:
     """The rounding of one run, around its model and its optimizer.
 
-    optimizer: the one to step; with the backend qtorch it is qtorch's, around the plain one.
+    optimizer: the one to step; with the backend qtorch it is qtorch's, around the plain one. watcher: hears what
+    rounding loses, where somebody asked for that.
     """
 
-    def __init__(self, low: LowPrecision, optimizer: torch.optim.Optimizer) -> None:
-        self._low, self.optimizer = low, optimizer
+    def __init__(self, low: LowPrecision, optimizer: torch.optim.Optimizer, watcher: Watcher | None = None) -> None:
+        self._low, self.optimizer, self.watcher = low, optimizer, watcher
 
     @property
     def loss_scale(self) -> LossScale:
@@ -85,7 +89,8 @@ def round_run(
         raise ConfigError.of(error) from None
     optimizer = low.attach(optimizer, config.loss_scale)
     low.loss_scale.overflow.over_processes = over_processes
-    return RunRounding(low, optimizer)
+    watcher = watch(model, config.watch, config.watch_also) if config.watch else None
+    return RunRounding(low, optimizer, watcher)
 
 
 def table(spec: str, numbers: Sequence[float], key: int = 0) -> str:
@@ -118,19 +123,39 @@ def table(spec: str, numbers: Sequence[float], key: int = 0) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quant.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("format", metavar="FORMAT[:ROUNDING]", help="as --site takes it")
-    parser.add_argument("numbers", metavar="NUMBER", nargs="+", help="what to round, from float32")
+    parser.add_argument("format", metavar="FORMAT[:ROUNDING]", nargs="?", help="as --site takes it")
+    parser.add_argument("numbers", metavar="NUMBER", nargs="*", help="what to round, from float32")
+    parser.add_argument(
+        "--show", metavar="FORMAT[:ROUNDING]", help="print its values, range and errors by magnitude, and exit"
+    )
+    parser.add_argument("--amax", help="with --show: the largest magnitude of a group that shares a scale [default: 1]")
     parser.add_argument("--key", default="0", help="a whole number: the key of the random bits [default: 0]")
     argv = sys.argv[1:] if argv is None else argv
     # With a space before it, argparse takes a number such as -1e-9 for a number, and not for a flag.
     words = [f" {word}" if word.startswith("-") and _is_number(word) else word for word in argv]
     arguments = parser.parse_args(words)
+    if arguments.show is None and not arguments.numbers:
+        parser.error("the following arguments are required: FORMAT[:ROUNDING] NUMBER ..., or --show FORMAT[:ROUNDING]")
     try:
+        if arguments.show is not None:
+            print(_shown(arguments))
+            return 0
+        if arguments.amax is not None:
+            raise SettingError("--amax", shown(arguments.amax), "with --show alone")
         print(table(arguments.format, [_number(text) for text in arguments.numbers], _key(arguments.key.strip())))
     except SettingError as error:
         print(f"quant.py: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _shown(arguments: argparse.Namespace) -> str:
+    """What --show prints. SettingError."""
+    if arguments.format is not None:
+        raise SettingError("--show", shown(arguments.format) + " beside it", "no numbers to round")
+    from low_precision import format_pages  # which no run needs
+
+    return format_pages.describe(rule_of(arguments.show), format_pages.amax_of(arguments.amax))
 
 
 def _is_number(text: str) -> bool:

@@ -5,6 +5,8 @@ and the 5th to the 95th percentile; and the difference to float32 in pairs of ru
 95 % confidence interval (bootstrap of the pairs), and its median. A figure has a row for each setting, where its runs
 end, and the curves of those that differ. A diverged run has no last value: it is counted, and left out. Where runs of
 one table were made by different code, a line on stderr says so, and how many by each (`code` in their summary.json).
+
+`--formats FORMAT,FORMAT` needs no records: what number formats can hold, and how far rounding to them goes wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from analysis import figures, maps, tables
 from analysis import runs as records
 from analysis.runs import Run
 from low_precision.errors import nearest, shown
+from low_precision.rules import rule_of
 from settings.config import ConfigError
 from settings.flags import Parser
 
@@ -44,7 +47,10 @@ class Asked:
     title: str
     save: Path | None
     output: Path | None
+    html: Path | None
     readme: list[Path]
+    formats: str | None
+    amax: str | None
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> Asked:
@@ -54,7 +60,25 @@ class Asked:
         for name in ("figure", "map"):
             if values[name] and values[name].suffix not in FIGURE_TYPES:
                 raise ConfigError(f"--{name}", shown(values[name]), f"a name in {' or '.join(FIGURE_TYPES)}")
-        return cls(**values, epochs=epochs)
+        if values["html"] and values["html"].is_dir():
+            raise ConfigError("--html", shown(values["html"]), "the name of a file")
+        asked = cls(**values, epochs=epochs)
+        asked.check_formats()
+        return asked
+
+    def check_formats(self) -> None:
+        """ConfigError for what does not go with --formats, or not without it."""
+        if self.formats is None:
+            if self.amax is not None:
+                raise ConfigError("--amax", shown(self.amax), "with --formats alone")
+            return
+        others = {"paths": self.paths, "--metric": self.metric, "--at": self.epochs, "--map": self.map}
+        others |= {"--save": self.save, "--output": self.output, "--readme": self.readme}
+        for name, value in others.items():
+            if value:
+                raise ConfigError(
+                    "--formats", f"it beside {name}", "it alone, or with --figure, --html, --title, --amax"
+                )
 
 
 def _path(text: str) -> Path:
@@ -73,6 +97,7 @@ def parser() -> Parser:
     made.add_argument("--title", default="", help="of the figure [default: data, model, and what is varied]")
     made.add_argument("--save", type=_path, help="a CSV file of every run: all epochs, or those of --at")
     made.add_argument("--output", type=_path, help="a folder for all of it: table, figures as PNG and SVG, runs")
+    made.add_argument("--html", type=_path, help="an HTML file of all of it, to look at; of running sweeps too")
     made.add_argument(
         "--readme",
         type=_path,
@@ -80,6 +105,12 @@ def parser() -> Parser:
         default=[],
         help="a Markdown file, or a folder of them, whose blocks of this script are made anew; repeatable",
     )
+    made.add_argument(
+        "--formats",
+        metavar="FORMAT[:ROUNDING],...",
+        help="no records: what these formats can hold, and their errors, beside each other; --figure and --html too",
+    )
+    made.add_argument("--amax", help="with --formats: the largest magnitude of a group with a scale [default: 1]")
     return made
 
 
@@ -138,17 +169,18 @@ def _table_of(paths: Sequence[Path], asked: Asked) -> str:
     return tables.markdown(tables.table(runs, _metric(runs, asked.metric), asked.epochs or (None,)))
 
 
-def _runs(paths: Sequence[Path]) -> list[Run]:
+def _runs(paths: Sequence[Path], unfinished: bool = False) -> list[Run]:
     """What the paths hold; lines on stderr count the runs that are left out, and those that different code made."""
     if not paths:
         raise ConfigError("paths", "none", "record folders, folders of them, or CSV files of --save")
-    read = records.read(paths)
+    read = records.read(paths, unfinished)
     if not read.runs:
         others = f" ({_left_out(read.left_out)})" if read.left_out else ""
         raise ValueError(f"{', '.join(map(str, paths))}: no record of a run that ended there, nor a CSV file{others}")
-    if read.left_out:
-        print(_left_out(read.left_out), file=sys.stderr)
-    codes = Counter(f"by {run.code}" if run.code else "without a fingerprint" for run in read.runs)
+    left_out = read.left_out + Counter(run.status for run in read.runs if not run.ended)  # of the table
+    if left_out:
+        print(_left_out(left_out), file=sys.stderr)
+    codes = Counter(f"by {run.code}" if run.code else "without a fingerprint" for run in read.runs if run.ended)
     if len(codes) > 1:
         counts = ", ".join(f"{count} {code}" for code, count in codes.most_common())
         print(f"these runs were made by different code: {counts}", file=sys.stderr)
@@ -172,11 +204,18 @@ def _metric(runs: Sequence[Run], name: str | None) -> str:
 
 def _report(asked: Asked) -> None:
     """Everything that the arguments ask for, but the pages' blocks: the records are read once."""
-    if not any((asked.save, asked.figure, asked.map, asked.output)):
+    if not any((asked.save, asked.figure, asked.map, asked.output, asked.html)):
         print(_table_of(asked.paths, asked), end="")
         return
-    runs = _runs(asked.paths)
+    runs = _runs(asked.paths, unfinished=asked.html is not None)
     metric, epochs = _metric(runs, asked.metric), asked.epochs
+    if asked.html:
+        from analysis.page import write_page  # nothing else needs what it draws with
+
+        write_page(runs, metric, asked.html, asked.title)
+        runs = [run for run in runs if run.ended]
+        if not runs:  # the page alone shows what there is of them
+            return
     mapped = maps.has_bit_widths(runs, metric, epochs)
     if asked.map and not mapped:
         raise ConfigError("--map", "no run in a format eXmY with a value there", "at least one")
@@ -196,10 +235,29 @@ def _report(asked: Asked) -> None:
         maps.bit_widths(runs, metric, path, asked.title, epochs)
 
 
+def _formats(text: str, asked: Asked) -> None:
+    """What --formats asks for. SettingError for a name that is none."""
+    from low_precision import format_pages  # it loads torch, for which records need not wait
+
+    rules = [rule_of(word.strip()) for word in text.split(",")]
+    amax = format_pages.amax_of(asked.amax)
+    print(format_pages.beside(rules, amax) if len(rules) > 1 else format_pages.describe(rules[0], amax))
+    if asked.figure:
+        from analysis import format_figure
+
+        format_figure.draw(rules, amax, asked.figure, asked.title)
+    if asked.html:
+        from analysis import format_page
+
+        format_page.write_page(rules, amax, asked.html, asked.title)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         asked = Asked.of(sys.argv[1:] if argv is None else argv)
-        if asked.paths or not asked.readme:
+        if asked.formats is not None:
+            _formats(asked.formats, asked)
+        elif asked.paths or not asked.readme:
             _report(asked)
         _rewrite(pages(asked.readme))  # last: blocks may show what was just saved
     except (ConfigError, OSError, ValueError, KeyError) as error:

@@ -38,6 +38,9 @@ MINUTES = {
     "averaging": 3,
     "fixed_point": 7,
     "bfloat16_weights": 7,
+    "stall": 1,
+    "advice": 3,
+    "transformer": 40,
     "cifar10": 290,
 }
 
@@ -103,6 +106,9 @@ SECTIONS = {
     "averaging": experiment("averaging", "averaged weights (Yang et al. 2019)"),
     "fixed_point": experiment("fixed_point", "16-bit fixed point (Gupta et al. 2015)"),
     "bfloat16_weights": experiment("bfloat16_weights", "bfloat16 weights (Zamirai et al. 2020)"),
+    "stall": experiment("stall", "why float8 to nearest stalls on boston: lost updates by step"),
+    "advice": experiment("advice", "following what watched runs are advised"),
+    "transformer": experiment("transformer", "where a small transformer loses in 4-bit products"),
     "cifar10": Section(
         "ResNet-20 on CIFAR-10, 15 epochs, one seed of each setting, a thread for each run",
         MINUTES["cifar10"],

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -28,13 +29,14 @@ from typing import Any
 from lab.console import command, say
 from lab.fingerprint import fingerprint
 from lab.record import CHECKPOINTS, REPLACING, summary_of, unfinished
+from lab.step_lines import lacking
 from low_precision.errors import nearest, shown
 from settings.config import Config, ConfigError, flag, refused
 from settings.flags import REPEATABLE, TABLES, flags_of, parser
 from settings.recipes import with_recipe
 
 # Whose values have commas themselves: there, a semicolon is between two values.
-LISTS = ("quantize", "layers", "site", "transform")
+LISTS = ("quantize", "layers", "site", "transform", "watch_also")
 CLUSTERS = ("ray",)
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -74,8 +76,10 @@ def _jobs(text: str) -> int:
     raise refused("jobs", text, "a whole number >= 1, or -1 for one a core")
 
 
-def _values(name: str, value: str | list[str]) -> list[Any]:
+def _values(name: str, value: str | list[str] | bool) -> list[Any]:
     """Several values of a flag: "1,2,3", "0:100" (0 to 99) or "0:100:10" for whole numbers, ";" between lists."""
+    if isinstance(value, bool):
+        return [value]
     if name in LISTS:
         texts = [text for part in ([value] if isinstance(value, str) else value) for text in part.split(";")]
         return [tuple(text.split(",")) if name in REPEATABLE and text else text or () for text in texts]
@@ -135,6 +139,7 @@ def run_one(
     try:
         begun = [folder for folder, _ in unfinished(config.output_dir, config.folder_name)]
         begun = [folder for folder in begun if any((folder / name).exists() for name in CHECKPOINTS)]
+        begun = [folder for folder in begun if not lacking(folder, config)]
         by_this_code = [folder for folder in begun if code_of(folder) == fingerprint()]
         other_code = bool(begun and not by_this_code)
         resume = next(iter(by_this_code or (begun if keep else [])), None)
@@ -168,19 +173,27 @@ def backend(cluster: str | None) -> Iterator[None]:
 
 
 def to_train(configs: Sequence[Config], keep: bool) -> list[Config]:
-    """The runs without a record that ended by itself, made by this code or kept. Says how many other code made."""
-    todo, others, without = [], 0, 0
+    """The runs without a record that ended by itself, made by this code or kept, with every file that is asked for.
+
+    Says how many other code made, and what others lack.
+    """
+    todo, others, without, lack = [], 0, 0, Counter[str]()
     for config in configs:
-        summary = summary_of(Path(config.output_dir) / config.folder_name)
+        folder = Path(config.output_dir) / config.folder_name
+        summary = summary_of(folder)
         finished = summary.get("status") in REPLACING
         other = finished and summary.get("code") != fingerprint()
         others, without = others + other, without + (other and "code" not in summary)
-        if not finished or (other and not keep):
+        missing = lacking(folder, config) if finished else []
+        if not finished or (other and not keep) or missing:
             todo.append(config)
+        lack.update(missing)
     if others:
         note = f" ({without} of them by a version that recorded no fingerprint of it)" if without else ""
         what = "they are kept" if keep else "they are trained anew; --keep keeps them"
         say(f"{others} of {len(configs)} runs were made by other code{note}: {what}")
+    for name, count in lack.items():
+        say(f"{count} of {len(configs)} runs have no {name}, which is asked for: they are trained anew")
     return todo
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +22,7 @@ from lab.fingerprint import fingerprint
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
 from lab.processes import Processes
 from lab.session import Result, Session
+from lab.shadow import Shadow
 from lab.state import State
 from quant import RunRounding
 from settings.config import Config
@@ -43,14 +45,18 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
         make_model = partial(models.build, config.model_name, spec.shape, spec.outputs, config.seed)
 
         model = make_model().to(device, memory_format=layout)
+        plain = copy.deepcopy(model) if config.shadow else None  # before its weights are rounded
         optimizer = optimizers.build(config, model)
         rounding = quant.round_run(config, model, optimizer, processes.any_of if processes.count > 1 else None)
         rows = (config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
         split = processes.first_before_others(lambda: data.load(*rows)).to(device, layout)
         batches = Batches(config, split, processes)
-        schedule = optimizers.schedule(config, optimizer, config.epochs * batches.steps)
+        steps = config.epochs * batches.steps
+        schedule = optimizers.schedule(config, optimizer, steps)
         average = Average(config, make_model().to(memory_format=layout)) if config.average_last else None
-        state = State(config, model, optimizer, schedule, TrainMetrics(task), Losses(device), average, command, code)
+        shadow = Shadow(config, plain, steps, processes.wrap, config.watch or 1) if plain else None
+        sums = TrainMetrics(task), Losses(device), average
+        state = State(config, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
         session = Session(state, rounding, processes, batches.steps, resume, quiet or not processes.first, started)
         whole_model = processes.wrap(model)
 
@@ -74,8 +80,13 @@ def train_epoch(
     try:
         for rows in batches.remaining(state):
             session.between_steps()  # a checkpoint that is due is written; Stopped is raised if somebody asked for it
-            loss = train_step(model, batches.part(rows, state.noise), task, rounding, state)
+            batch = batches.part(rows, state.noise)
+            if state.shadow:
+                state.shadow.train_step(batch, task)
+            loss = train_step(model, batch, task, rounding, state)
             state.step_done()
+            if state.shadow:
+                state.shadow.compare(state.model, loss, state.step)
             session.progress.step(loss)
         session.stop_if_asked()
         state.losses.check(state.step)

@@ -6,11 +6,13 @@ and the other fields of their Configs; the name that people read (`names`) is ma
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -19,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lab.record import REPLACING, status, write_whole
+from lab.record import REPLACING, summary_of, write_whole
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
 from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, effective, in_order, is_there, site_line
@@ -37,13 +39,15 @@ TRAINING_FIELDS = [
     if f.name not in (*ROUNDING_FIELDS, *NOT_IN_FLAGS, "average_last") and f.metadata["group"] != "records"
 ]
 UNROUNDED = Rule(FLOAT32, Rounding.NEAREST)
+UNFINISHED = "going on or killed"  # a record without a summary looks the same in both cases
 
 
 @dataclass(frozen=True)
 class Run:
     """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None.
 
-    code: the fingerprint of the code that made it; None of an earlier version, and of CSV files, which have none.
+    status: of a run without a summary, UNFINISHED. code: the fingerprint of the code that made it; None of an earlier
+    version, and of CSV files, which have none. folder: the record; None of a CSV file. remarks: what its end said.
     """
 
     config: Config
@@ -51,6 +55,13 @@ class Run:
     seconds: float
     history: list[dict[str, float | None]]
     code: str | None = None
+    folder: Path | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """By itself, complete or diverged."""
+        return self.status in REPLACING
 
     @property
     def seed(self) -> int:
@@ -101,46 +112,77 @@ class Setting:
 
 @dataclass(frozen=True)
 class Records:
-    """runs: those that ended by themselves, complete or diverged, each once. left_out: the number of others, by why."""
+    """runs: those that were asked for, each once. left_out: the number of others, by why."""
 
     runs: list[Run]
     left_out: Counter[str]
 
 
-def read(paths: Iterable[Path]) -> Records:
+def read(paths: Iterable[Path], unfinished: bool = False) -> Records:
     """The runs of record folders, of folders of them, and of CSV files that `save` wrote.
 
+    Those that ended by themselves, complete or diverged; with `unfinished` the others too, as far as they have come.
     OSError, ValueError or KeyError for what is none of these.
     """
     runs: dict[str, Run] = {}
     left_out: Counter[str] = Counter()
     for path in paths:
-        for run in _from_csv(path) if path.suffix == ".csv" else _from_folder(path, left_out):
-            if run.config.folder_name in runs:
-                left_out["read already"] += 1
+        for run in _from_csv(path) if path.suffix == ".csv" else _from_folder(path, left_out, unfinished):
+            name = run.config.folder_name
+            if name not in runs or (run.ended and not runs[name].ended):
+                left_out["read already"] += name in runs
+                runs[name] = run
             else:
-                runs[run.config.folder_name] = run
-    return Records(list(runs.values()), left_out)
+                left_out["read already"] += 1
+    return Records(list(runs.values()), +left_out)
 
 
-def _from_folder(path: Path, left_out: Counter[str]) -> Iterator[Run]:
+def _from_folder(path: Path, left_out: Counter[str], unfinished: bool) -> Iterator[Run]:
     folders = [path] if (path / "config.json").exists() else [p.parent for p in sorted(path.glob("*/config.json"))]
     for folder in folders:
-        ended = status(folder)
+        summary = summary_of(folder)
+        ended = summary.get("status")
         if ended in REPLACING:
-            yield _from_record(folder)
+            yield _from_record(folder, summary)
+        elif not unfinished:
+            left_out[ended or UNFINISHED] += 1
+        elif (run := _unfinished(folder, summary)) is not None:
+            yield run
         else:
-            left_out[ended or "going on or killed"] += 1
+            left_out["vanished while it was read, or not written yet"] += 1
 
 
-def _from_record(folder: Path) -> Run:
+def _from_record(folder: Path, summary: dict[str, Any]) -> Run:
     try:
         config = Config.from_json((folder / "config.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
         history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return Run(config, summary["status"], summary["seconds"], history, summary.get("code"))
+        remarks = tuple(map(str, summary.get("remarks", ())))
+        return Run(config, summary["status"], summary["seconds"], history, summary.get("code"), folder, remarks)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: no whole record: {' '.join(str(error).split())}") from None
+
+
+def _unfinished(folder: Path, summary: dict[str, Any]) -> Run | None:
+    """What there is of a run; None where it has just begun, or was renamed at this moment because it ended."""
+    try:
+        config = Config.from_json((folder / "config.json").read_text())
+        history = whole_lines(folder / "metrics.jsonl")
+    except (OSError, ValueError):
+        return None
+    said = {"status": UNFINISHED, "seconds": math.nan, "code": None} | summary
+    return Run(config, said["status"], said["seconds"], history, said["code"], folder, tuple(said.get("remarks", ())))
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that may be growing: a last line that is not whole yet is left for later.
+
+    OSError where there is no such file, ValueError for another line that is none.
+    """
+    *lines, rest = path.read_text().split("\n")
+    made = [json.loads(line) for line in lines]
+    with contextlib.suppress(ValueError):
+        made += [json.loads(rest)] if rest else []
+    return made
 
 
 def holds_runs(path: Path) -> bool:

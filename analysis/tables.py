@@ -8,6 +8,7 @@ confidence interval (bootstrap of the pairs), and the median.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import statistics
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
     None of fewer than two, or of equal ones, which say nothing of a spread.
     """
+    return _interval(tuple(differences))
+
+
+@functools.cache  # a table and a page of the same runs ask twice, and each time takes a tenth of a second
+def _interval(differences: tuple[float, ...]) -> tuple[float, float] | None:
     import numpy as np
     from scipy.stats import bootstrap
 

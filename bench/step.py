@@ -1,11 +1,12 @@
-"""What rounding costs in a training step: python bench/step.py [--rounds 10] [--models linear,cnn,resnet20,transformer]
+"""What rounding costs in a training step: python bench/step.py [--rounds 10] [--models linear,cnn,encoder]
 
 For each model, steps in float32 (the same plain PyTorch loop, without any of this project's hooks, and with train.py's
 layout), then all that train.py does in a float32 step (images cropped and flipped from bytes, metrics), then steps with
 every site rounded, with the operands of all products, and with three recipes, take turns; printed are medians of ms a
 step, quartiles, the ratio to float32 in the same round, and the most memory that a process of its own with such steps
 had (read from Linux's /proc). Random data of the model's usual shape: linear 512 x 13, cnn 256 x 1 x 8 x 8, resnet20
-128 x 3 x 32 x 32 (channels_last), transformer 16 x 64 tokens (4 layers of width 128, 4 heads, causal).
+128 x 3 x 32 x 32 (channels_last), transformer 16 x 64 tokens (4 layers of width 128, 4 heads, causal), encoder the
+same of torch's own nn.TransformerEncoderLayer (without a mask).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from low_precision.scheme import Scheme
 from low_precision.wrap import quantize_model, quantize_optimizer
 
 SHAPES = {"linear": (512, (13,), 1), "cnn": (256, (1, 8, 8), 10), "resnet20": (128, (3, 32, 32), 10)}
-TOKENS, WIDTH, SYMBOLS = (16, 64), 128, 64  # of the transformer
+TOKENS, WIDTH, SYMBOLS = (16, 64), 128, 64  # of the two transformers
+TRANSFORMERS = ("transformer", "encoder")
 WIDE = rule_of("float16:stochastic")
 WHOLE = "float32, all of it"
 SETTINGS = {
@@ -76,6 +78,26 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Embedding(SYMBOLS, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, SYMBOLS))
 
 
+class Encoder(nn.Module):
+    """Four of torch's transformer layers, pre-norm, 4 heads: (samples, tokens) -> (samples, tokens, symbols)."""
+
+    def __init__(self, symbols: int = SYMBOLS, tokens: int = TOKENS[1]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, WIDTH)
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, WIDTH))
+        settings = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, **settings) for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, symbols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layers(self.embedding(x) + self.position)))
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(1)
+    return Encoder()
+
+
 def stepper(name: str, rules: dict | str | None, backend: str) -> Callable[[], None]:
     """A function that does one training step. rules: by site, or a recipe's name; None: no hooks at all."""
     model, x, y = training(name)
@@ -97,9 +119,9 @@ def stepper(name: str, rules: dict | str | None, backend: str) -> Callable[[], N
 
 def training(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A model, a batch that it reads, and what it should give."""
-    if name == "transformer":
+    if name in TRANSFORMERS:
         tokens = torch.randint(SYMBOLS, TOKENS, generator=torch.Generator().manual_seed(2))
-        return transformer(), tokens, tokens.roll(-1, 1).flatten()
+        return {"transformer": transformer, "encoder": encoder}[name](), tokens, tokens.roll(-1, 1).flatten()
     rows, shape, outputs = SHAPES[name]
     model = models.build(name, shape, outputs, 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(2))
@@ -153,7 +175,7 @@ def stepper_of(name: str, setting: str, backend: str) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--models", default=",".join((*SHAPES, "transformer")))
+    parser.add_argument("--models", default=",".join((*SHAPES, *TRANSFORMERS)))
     parser.add_argument("--backend", default="fused")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -168,7 +190,7 @@ def main() -> None:
     for name in asked.models.split(","):
         settings = [setting for setting in SETTINGS if setting != WHOLE or name in SHAPES]
         steps = {setting: stepper_of(name, setting, asked.backend) for setting in settings}
-        calls = {"resnet20": 1, "transformer": 2}.get(name, 50)
+        calls = {"resnet20": 1, **dict.fromkeys(TRANSFORMERS, 2)}.get(name, 50)
         for step in steps.values():
             for _ in range(2):  # what is loaded and compiled once
                 step()

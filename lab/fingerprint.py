@@ -28,9 +28,15 @@ SCRIPTS = ("data.py", "models.py", "quant.py", "train.py")
 # What surrounds a run and decides no number of it. Every other file of these folders counts, a new one too. What flags,
 # kinds and recipes make of a command line is in the record's settings, and so in the hash of its name.
 SURROUNDING = {
-    "lab": ("checkpoint", "console", "fingerprint", "interrupt", "record", "remarks", "resume", "session", "wandb_run"),
-    "settings": ("flags", "kinds", "recipes"),
-    "low_precision": ("recipe", "recipes"),
+    "lab": (
+        *("advice", "checkpoint", "console", "files", "fingerprint", "interrupt", "layers", "record", "remarks"),
+        *("resume", "session", "shadow", "step_lines", "wandb_run"),
+    ),
+    "settings": ("errors", "flags", "kinds", "qtorch", "recipes"),
+    "low_precision": (
+        *("apart", "facts", "format_pages", "format_text", "group_facts", "losses", "losses_report", "recipe"),
+        *("recipes", "tried", "watcher", "what_if"),
+    ),
 }
 UNKNOWN = "unknown"  # in the place of the fingerprint of a version that recorded none
 LENGTH = 16  # hex digits of a fingerprint

@@ -78,6 +78,14 @@ class Processes:
         """Whether the flag is set in any of the processes."""
         return self.any(flag)[0]
 
+    def everywhere(self, thing: T) -> list[T]:
+        """What each process passes, in all of them, the first process's first."""
+        if self.count == 1:
+            return [thing]
+        things: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(things, thing)
+        return things
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process, everywhere."""
         if self.count == 1:

@@ -6,62 +6,17 @@ import contextlib
 import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
-import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from lab.files import append, read, to_json, write_whole
+from lab.step_lines import FILES, LinesFile
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the newest, and the one before it
 REPLACING = ("complete", "diverged")  # the runs that ended by themselves; "interrupted" and "failed" replace nothing
-
-
-def write_whole(path: str | os.PathLike, data: str | bytes, previous: str | os.PathLike | None = None) -> None:
-    """Write `data` (str: as UTF-8) to `path`, whole or not at all; an older file stays until the new one is on disk.
-
-    previous: where the older file goes then, if anywhere.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        _name(error, path)
-        raise
-
-
-def _name(error: BaseException, path: str | os.PathLike) -> None:
-    """Add the file to an error that the system reports without one, as a write on a full disk."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = str(path)
-
-
-def _to_json(value, indent: int | None = None) -> str:
-    """Strict JSON and a line end: NaN and the infinities, which JSON does not have, become null."""
-
-    def finite(value):
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False) + "\n"
-
-
-def read(path: Path) -> bytes:
-    """The bytes of a file of a record. OSError for what is no plain file: a record may be a stranger's."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a plain file", str(path))
-    return path.read_bytes()
 
 
 def _lock(file) -> bool:
@@ -131,6 +86,11 @@ class NoRecord:
 
     def epoch(self, metrics: dict[str, float | int | None]) -> None: ...
 
+    def lines(self, name: str, rows: list[dict]) -> None: ...
+
+    def lines_before(self, name: str) -> Iterable[dict]:
+        return ()
+
     def checkpoint(self, data: bytes) -> None: ...
 
     def finish(self, summary: dict) -> Path:
@@ -140,15 +100,15 @@ class NoRecord:
 class Record:
     """The files of one run. They grow in `folder`, at first OUTPUT_DIR/NAME.partial-PID; `finish` puts it in its place.
 
-    output_dir: created if it is not there. name: NAME-HASH. config: anything that is JSON.
+    output_dir: created if it is not there. name: NAME-HASH. config: anything that is JSON. files: of lines by step.
     OSError, in the system's own words, wherever something cannot be written (a full disk, no permission).
     notes: lines for the user. What is in the files is kept in memory too: a folder that vanishes is written anew.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, name: str, config: dict):
+    def __init__(self, output_dir: str | os.PathLike, name: str, config: dict, files: Sequence[LinesFile] = ()) -> None:
         output_dir = Path(output_dir)
         self._final = output_dir / name
-        self._begin(config)
+        self._begin(config, files)
         self._created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
         output_dir.mkdir(parents=True, exist_ok=True)
         for free in self._partial_names():
@@ -163,7 +123,14 @@ class Record:
             raise
 
     @classmethod
-    def resume(cls, folder: Path, config: dict, history: list[dict], checkpoint: tuple[str, bytes] | None) -> Record:
+    def resume(
+        cls,
+        folder: Path,
+        config: dict,
+        history: list[dict],
+        checkpoint: tuple[str, bytes] | None,
+        files: Sequence[LinesFile] = (),
+    ) -> Record:
         """Go on with the record in `folder`, whose metrics are those of `history` from now on.
 
         checkpoint: the name and the bytes of the one from which the run goes on. While the run lasts, the folder is a
@@ -171,9 +138,9 @@ class Record:
         """
         record = cls.__new__(cls)
         record._final = folder.with_name(re.sub(r"\.(partial|old)-[0-9]+(-[0-9]+)?$", "", folder.name))
-        record._begin(config)
+        record._begin(config, files)
         record._created = None
-        record._lines = [_to_json(line).encode() for line in history]
+        record._lines = [to_json(line).encode() for line in history]
         record.folder = folder
         if folder == record._final:  # which no process writes to
             record.folder = folder.rename(next(free for free in record._partial_names() if not free.exists()))
@@ -187,9 +154,10 @@ class Record:
             raise
         return record
 
-    def _begin(self, config: dict) -> None:
+    def _begin(self, config: dict, files: Sequence[LinesFile]) -> None:
         self.notes: list[str] = []
-        self._config = _to_json(config, indent=2)
+        self._files = {file.name: file for file in files}
+        self._config = to_json(config, indent=2)
         self._lines: list[bytes] = []  # of metrics.jsonl
         self._checkpoint: bytes | None = None
 
@@ -198,12 +166,14 @@ class Record:
             yield self._final.with_name(f"{self._final.name}.partial-{os.getpid()}{f'-{attempt}' if attempt else ''}")
 
     def _fill(self) -> None:
-        """Write config.json, and metrics.jsonl as far as it goes."""
+        """Write config.json, and metrics.jsonl and its like as far as they go."""
         write_whole(self.folder / "config.json", self._config)
         self._metrics = open(self.folder / "metrics.jsonl", "a+b", buffering=0)  # noqa: SIM115 - open till `finish`
         _lock(self._metrics)  # while it lasts, everybody knows that the folder is in use
         for line in self._lines:
             self._append(line)
+        for file in self._files.values():
+            file.fill(self.folder)
 
     def _take_over(self, checkpoint: tuple[str, bytes] | None) -> None:
         metrics = self.folder / "metrics.jsonl"
@@ -223,6 +193,11 @@ class Record:
                 if name != CHECKPOINTS[0]:  # the other one is not whole, and must not become the one before the next
                     os.replace(self.folder / name, self.folder / CHECKPOINTS[0])
             write_whole(self.folder / "config.json", self._config)
+            for name in FILES:
+                if name in self._files:
+                    self._files[name].fill(self.folder)
+                else:  # which nobody asks for any more, and which would end here
+                    (self.folder / name).unlink(missing_ok=True)
             self._metrics.seek(0)
             kept = b"".join(self._lines)
             if self._metrics.read(len(kept)) == kept:  # the epochs after the checkpoint come again
@@ -238,19 +213,22 @@ class Record:
     def epoch(self, metrics: dict[str, float | int | None]) -> None:
         """Append one line to metrics.jsonl. At any moment, a kill -9 included, the file holds whole lines only."""
         self._restore()
-        line = _to_json(metrics).encode()
+        line = to_json(metrics).encode()
         self._append(line)
         self._lines.append(line)
 
+    def lines(self, name: str, rows: list[dict]) -> None:
+        """Append lines to the file of that name."""
+        if rows:
+            self._restore()
+            self._files[name].add(self.folder, rows)
+
+    def lines_before(self, name: str) -> Iterable[dict]:
+        """The lines of that file that are there already."""
+        return self._files[name].rows()
+
     def _append(self, line: bytes) -> None:
-        size = self._metrics.seek(0, os.SEEK_END)
-        try:
-            while line:  # a disk that takes only a part of it says why when asked to take the rest
-                line = line[self._metrics.write(line) :]
-        except BaseException as error:
-            self._metrics.truncate(size)
-            _name(error, self._metrics.name)
-            raise
+        append(self._metrics, line)
 
     def checkpoint(self, data: bytes) -> None:
         """Replace checkpoint.pt, whole or not at all; the one before it stays as checkpoint.previous.pt."""
@@ -291,7 +269,7 @@ class Record:
             self._remove()
             return self.folder
         self._restore()
-        write_whole(self.folder / "summary.json", _to_json(summary, indent=2))
+        write_whole(self.folder / "summary.json", to_json(summary, indent=2))
         os.fsync(self._metrics)
         if os.name == "nt":
             self._metrics.close()  # Windows renames no folder with an open file in it

@@ -58,6 +58,8 @@ def to_resume(text: str, settings: dict[str, Any]) -> tuple[Config, Path]:
     if differences := config.told_differences(recorded):
         value = f"{folder} and {'; '.join(differences)}"
         raise ConfigError("--resume", value, "the run's own settings, and those that change no result")
+    if config.shadow and not recorded.shadow:
+        raise ConfigError("--shadow", f"{folder}, which began without it", "what the run began with, or no --resume")
     if "output_dir" in settings and os.path.abspath(config.output_dir) != os.path.abspath(folder.parent):
         raise ConfigError("--output-dir", shown(config.output_dir), f"{folder.parent}, where the record is")
     return replace(config, output_dir=str(folder.parent)), folder

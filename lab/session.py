@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from lab import checkpoint, remarks
+from lab.advice import advice
 from lab.checkpoint import Due
 from lab.console import Progress, say
 from lab.environment import environment
 from lab.interrupt import Stop, Stopped
+from lab.layers import layer_lines
 from lab.metrics import Metrics, wandb_keys
 from lab.processes import Processes
 from lab.record import REPLACING, NoRecord, Record
 from lab.resume import RunEnded
+from lab.shadow import shadow_lines
 from lab.state import State
+from lab.step_lines import LAYERS, LinesFile, asked_for, by_epoch
 from lab.wandb_run import Wandb
 from quant import RunRounding
 from settings.config import Config
@@ -62,6 +66,8 @@ class Session:
         self.state, self._rounding, self._processes, self._steps = state, rounding, processes, steps
         self._resume, self._quiet, self._started = resume, quiet, started
         self._stop = Stop()
+        self._step_lines = [layer_lines(state.watcher, processes)] if state.watcher else []
+        self._step_lines += [shadow_lines(state.shadow)] if state.shadow else []
         self._untrained: dict[str, float] = {}  # the metrics of a run of no epochs
 
     def __enter__(self) -> Session:
@@ -91,8 +97,9 @@ class Session:
     def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
         """Records the epoch's metrics. diverged_step: the step that ended it early."""
         self._record.epoch(metrics)
+        self._write_lines()
         self.state.end_epoch(metrics, diverged_step)
-        self._wandb.log(wandb_keys(metrics), step=self.state.epoch)
+        self._log_at_wandb(self._wandb, metrics)
         self.progress.epoch(metrics)
         if self._processes.any_of(self.state.finished or self._due.after_epoch(self.state.epoch)):
             self._write_checkpoint()
@@ -122,6 +129,7 @@ class Session:
         finally:
             self._stop.__exit__()
         notes = [*self._record.notes, *summary.get("remarks", [])]
+        notes += [f"advice: {sentence}" for sentence in summary.get("advice", [])]
         notes += self._close_wandb(summary, failed=failure is not None)
         if failure is None:
             self.result = Result(self.state.config, summary, self.state.history, folder, notes)
@@ -138,8 +146,22 @@ class Session:
             raise Stopped(self._stop.number)
         return writing
 
+    def _write_lines(self) -> None:
+        """Records what was seen of the steps since the last time. Before each checkpoint, so that none is lost."""
+        for lines in self._step_lines:
+            self._record.lines(lines.name, lines.take())
+
+    def _log_at_wandb(self, wandb: Wandb, metrics: Metrics) -> None:
+        """An epoch's metrics, and the last that was seen of its steps."""
+        numbers, histograms = wandb_keys(metrics), {}
+        for lines in self._step_lines:
+            more, of_these = lines.for_wandb()
+            numbers, histograms = numbers | more, histograms | of_these
+        wandb.log(numbers, int(metrics["epoch"] or 0), histograms)
+
     def _write_checkpoint(self) -> None:
         self._processes.check_same(self._replicated())
+        self._write_lines()
         self._record.checkpoint(checkpoint.pack(self.state.save(time.monotonic() - self._started)))
         self._due.written = time.monotonic()
 
@@ -147,6 +169,8 @@ class Session:
         """What must have the same bits in every process. Batch norm's statistics are those of the first one."""
         yield from self.state.model.parameters()
         yield from self._rounding.kept()
+        if self.state.shadow:
+            yield from self.state.shadow.model.parameters()
         for moments in self.state.optimizer.state.values():
             yield from (value for value in moments.values() if torch.is_tensor(value))
 
@@ -154,7 +178,9 @@ class Session:
         """The run's record; where it is resumed, with the state taken to where its last checkpoint was."""
         config = self.state.config
         if not self._resume:
-            return Record(config.output_dir, config.folder_name, config.as_dict()) if self._first else NoRecord()
+            files = [LinesFile(name) for name in asked_for(config)]
+            where = config.output_dir, config.folder_name
+            return Record(*where, config.as_dict(), files) if self._first else NoRecord()
         folder = self._resume
         last = self._processes.from_first(lambda: checkpoint.latest(folder))
         if last:
@@ -162,7 +188,8 @@ class Session:
         if not self._first:
             return NoRecord()
         file = (last.name, last.raw) if last else None
-        record = Record.resume(folder, config.as_dict(), self.state.history, file)
+        files = [LinesFile.resumed(folder, name, self.state.step) for name in asked_for(config)]
+        record = Record.resume(folder, config.as_dict(), self.state.history, file, files)
         if last is None:
             say(f"resuming {folder}: no checkpoint yet, from the start")
             return record
@@ -181,8 +208,13 @@ class Session:
         where = (config.wandb, config.wandb_project, config.wandb_entity)
         wandb = Wandb(*where, config.name, config.group, config.as_dict(), config.output_dir, state.wandb_id)
         state.wandb_id = wandb.id or state.wandb_id
+        before = {lines: by_epoch(self._record.lines_before(lines.name), self._steps) for lines in self._step_lines}
         for metrics in state.history:
-            wandb.log(wandb_keys(metrics), step=int(metrics["epoch"] or 0))
+            for lines, rows in before.items():
+                lines.saw(rows.get(int(metrics["epoch"] or 0), []))
+            self._log_at_wandb(wandb, metrics)
+        for lines, rows in before.items():  # of an epoch that is not at its end
+            lines.saw(rows.get(state.epoch + 1, []))
         return wandb
 
     def _close_wandb(self, summary: dict[str, Any], failed: bool) -> list[str]:
@@ -216,6 +248,8 @@ class Session:
             summary |= remarks.measured(state)
             if said := remarks.sentences(state.config, summary):
                 summary["remarks"] = said
+            if state.watcher and (advised := advice(state.config, self._record.lines_before(LAYERS))):
+                summary["advice"] = advised
         summary["code"] = state.code
         return summary | {"command": state.command, "environment": environment(state.config, self._processes)}
 

@@ -17,8 +17,10 @@ from lab.fingerprint import LENGTH, UNKNOWN
 from lab.metrics import Losses, Metrics, TrainMetrics
 from lab.optimizers import Schedule
 from lab.remarks import SecondMoments
+from lab.shadow import Shadow
 from low_precision.formats import FLOAT32
 from low_precision.noise import Key
+from low_precision.watcher import Watcher
 from settings.config import Config, ConfigError
 
 VERSION = 1  # of what `State.save` gives; another one is refused
@@ -37,6 +39,8 @@ class State:
     average: Average | None = None  # of the weights
     command: str | None = None
     code: str = UNKNOWN  # the fingerprint of the code that trains; where that changed on the way, all of them: A+B
+    watcher: Watcher | None = None  # hears what rounding loses
+    shadow: Shadow | None = None  # the same training in float32
     epoch: int = 0  # epochs done
     batch: int = 0  # batches done of the next one
     step: int = 0
@@ -80,30 +84,35 @@ class State:
     def save(self, seconds: float) -> dict[str, Any]:
         """seconds: of this run so far, since it was last resumed."""
         pending = self.losses.pending
-        return {
-            "version": VERSION,
-            "config": self.config.as_dict(),
-            "command": self.command,
-            "code": self.code,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "diverged_step": self.diverged_step,
-            "metrics": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule else None,
-            "train": self.metrics.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "pending": torch.stack(pending) if pending else None,
-            "first_loss": None if self.losses.first is None else float(self.losses.first),
-            "second_moments": self.second_moments.state_dict(),
-            "augmentation": self.noise.get_state(),
-            "torch_rng": torch.get_rng_state(),
-            "seconds": self.seconds + seconds,
-            "resumed": self.resumed,
-            "wandb_id": self.wandb_id,
-        }
+        shadow = {"shadow": self.shadow.state_dict()} if self.shadow else {}
+        return (
+            shadow
+            | {
+                "version": VERSION,
+                "config": self.config.as_dict(),
+                "command": self.command,
+                "code": self.code,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "step": self.step,
+                "diverged_step": self.diverged_step,
+                "metrics": self.history,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict() if self.schedule else None,
+                "train": self.metrics.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
+                "pending": torch.stack(pending) if pending else None,
+                "first_loss": None if self.losses.first is None else float(self.losses.first),
+                "second_moments": self.second_moments.state_dict(),
+                "augmentation": self.noise.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "seconds": self.seconds + seconds,
+                "resumed": self.resumed,
+                "wandb_id": self.wandb_id,
+            }
+            | ({"watch": self.watcher.state_dict()} if self.watcher else {})
+        )
 
     def load(self, saved: dict[str, Any], steps: int, path: Path) -> None:
         """Go on from what `save` gave. steps: of an epoch. path: of the checkpoint, for errors.
@@ -118,6 +127,8 @@ class State:
             differences = self.config.told_differences(recorded)
         except Exception as error:
             raise CheckpointError(f"{path}: no configuration of this program ({first_line(error)})") from error
+        if self.shadow and "shadow" not in saved:
+            raise ConfigError("--shadow", f"{path} without one", "where the run began with it")
         if differences:
             value = f"{path}: it is of another configuration ({'; '.join(differences)})"
             raise ConfigError("--resume", value, "its own")
@@ -138,6 +149,8 @@ class State:
             self.schedule.load_state_dict(saved["schedule"])
         if self.average:
             self.average.load_state_dict(saved["average"])
+        if self.shadow:
+            self.shadow.load_state_dict(saved["shadow"])
         device = parameters[0].device
         self.metrics.load_state_dict(saved["train"], device)
         self.losses.pending = [] if saved["pending"] is None else list(saved["pending"].to(device))
@@ -145,6 +158,8 @@ class State:
             self.losses.first = torch.tensor(float(saved["first_loss"]), dtype=torch.float64)
         if "second_moments" in saved:
             self.second_moments.load_state_dict(saved["second_moments"])
+        if self.watcher and "watch" in saved:  # else nobody watched the run until now
+            self.watcher.load_state_dict(saved["watch"])
         self.noise.set_state(saved["augmentation"])
         torch.set_rng_state(saved["torch_rng"])
         self.seconds, self.resumed = float(saved["seconds"]), [*map(_whole, saved["resumed"]), self.step]

@@ -74,13 +74,16 @@ class Wandb:
         self._start(mode)
         self._send({"run": run, "pid": os.getpid(), "argv": sys.argv})
 
-    def log(self, metrics: dict[str, float | int | None], step: int) -> None:
+    def log(self, metrics: dict[str, float | int | None], step: int, histograms: dict[str, dict] | None = None) -> None:
         """Send the metrics of one step; steps must grow. Returns at once.
+
+        histograms: by key, {"lowest": a whole number, "counts": those of it, of the next one, ...}.
 
         NaN and the infinities go as they are, and wandb shows them: a diverged run looks diverged. None, a metric that
         was not measured, is left out: anything else would replace its last value in wandb's table of runs.
         """
-        self._send({"step": step, "log": {key: value for key, value in metrics.items() if value is not None}})
+        numbers = {key: value for key, value in metrics.items() if value is not None}
+        self._send({"step": step, "log": numbers} | ({"histograms": histograms} if histograms else {}))
 
     def finish(self, summary: dict, exit_code: int = 0) -> list[str]:
         """Close the run with `summary` as its summary; an exit_code other than 0 marks it as failed.
@@ -209,7 +212,11 @@ def _record(asked: str, start: dict, next_message, answer) -> None:
     if not folder.startswith(start["run"]["dir"]):
         answer(warning=f"cannot write to {start['run']['dir']}; its files are in {folder}")
     while "finish" not in (message := next_message()):
-        run.log(message["log"], step=message["step"])
+        histograms = {}
+        for key, of_key in message.get("histograms", {}).items():
+            bins = [of_key["lowest"] + n for n in range(len(of_key["counts"]) + 1)]
+            histograms[key] = wandb.Histogram(np_histogram=(of_key["counts"], bins))
+        run.log(message["log"] | histograms, step=message["step"])
     run.summary.update(message["finish"])
     try:
         run.finish(exit_code=message["exit_code"])

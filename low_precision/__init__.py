@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from low_precision.apart import compare as compare
     from low_precision.collage import CollageAdamW as CollageAdamW
     from low_precision.errors import SettingError as SettingError
     from low_precision.formats import BlockFormat as BlockFormat
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from low_precision.formats import format_named as format_named
     from low_precision.layers import LayerRounding as LayerRounding
     from low_precision.loss_scale import LossScale as LossScale
+    from low_precision.losses_report import Report as Report
+    from low_precision.losses_report import report as report
     from low_precision.model import LowPrecision as LowPrecision
     from low_precision.noise import Key as Key
     from low_precision.noted import Coverage as Coverage
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from low_precision.scheme import Scheme as Scheme
     from low_precision.tables import Table as Table
     from low_precision.tensor import quantize as quantize
+    from low_precision.watcher import Watcher as Watcher
+    from low_precision.watcher import watch as watch
     from low_precision.wrap import Quantize as Quantize
     from low_precision.wrap import coverage as coverage
     from low_precision.wrap import plain_copy as plain_copy
@@ -64,6 +69,7 @@ _HOMES = {
     "Quantize": "wrap",
     "RECIPES": "recipes",
     "Recipe": "recipe",
+    "Report": "losses_report",
     "Rounding": "rounding",
     "Rule": "rules",
     "SITES": "rules",
@@ -71,6 +77,8 @@ _HOMES = {
     "Scheme": "scheme",
     "SettingError": "errors",
     "Table": "tables",
+    "Watcher": "watcher",
+    "compare": "apart",
     "coverage": "wrap",
     "format_named": "formats",
     "plain_copy": "wrap",
@@ -78,9 +86,11 @@ _HOMES = {
     "quantize_model": "wrap",
     "quantize_optimizer": "wrap",
     "remove": "wrap",
+    "report": "losses_report",
     "rounding_named": "rounding",
     "rule_of": "rules",
     "unquantized": "wrap",
+    "watch": "watcher",
 }
 
 __all__ = list(_HOMES)

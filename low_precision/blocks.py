@@ -127,7 +127,7 @@ def _power_below(x: Tensor) -> Tensor:
 
 def _power_not_above(x: Tensor) -> Tensor:
     """The same of numbers > 0 as float64, subnormal ones too, which become larger by an exact factor first."""
-    up = torch.where(x < 1, x.new_tensor(2.0**64), x.new_tensor(1.0))
+    up = torch.where(x < 1, x.new_full((), 2.0**64), x.new_ones(()))
     return _power_below(x * up).view(torch.float64) / up
 
 
@@ -168,7 +168,7 @@ def factors(
     if kind == "headroom":
         return Factors((0.75 / powers(largest_in, fmt)).to(largest_in.dtype))
     # A number in place of the tensor would be multiplied by the reciprocal, which is rounded too.
-    encode = (largest_in.new_tensor(largest) / largest_in).clamp_(max=torch.finfo(largest_in.dtype).max)
+    encode = (largest_in.new_full((), largest) / largest_in).clamp_(max=torch.finfo(largest_in.dtype).max)
     if kind == "pow2":
         encode = _power_not_above(encode.double()).to(largest_in.dtype)
     return Factors(encode.masked_fill_(largest_in == 0, 1.0))
@@ -180,10 +180,10 @@ def _two_levels(
     """As TransformerEngine has NVFP4: each operation rounds, so their order decides the last bits."""
     most, one = torch.finfo(largest_in.dtype).max, largest_in.new_ones(())
     amax = largest_in.amax() if largest_in.numel() else one
-    tensor_encode = (largest_in.new_tensor(element.largest * scale.largest) / amax).clamp(max=most)
+    tensor_encode = (largest_in.new_full((), element.largest * scale.largest) / amax).clamp(max=most)
     tensor_encode = torch.where((amax == 0) | (tensor_encode == 0), one, tensor_encode)
     tensor_decode = one / tensor_encode
-    decode = to_nearest(largest_in * (tensor_encode * (one / one.new_tensor(element.largest))), scale)
+    decode = to_nearest(largest_in * (tensor_encode * (one / one.new_full((), element.largest))), scale)
     encode = (one / (decode * tensor_decode).clamp_(max=most)).clamp_(max=most)  # not 0, which makes infinities NaN
     return Factors(encode, decode, tensor_decode)
 
@@ -196,7 +196,7 @@ def quest_factors(blocks: Tensor, element: Format | Table, type_largest: float) 
     (arXiv:2505.14669) and its repository.
     """
     numbers = blocks.double().nan_to_num(nan=0.0, posinf=type_largest, neginf=-type_largest)
-    count = numbers.new_tensor(blocks.shape[1])
+    count = numbers.new_full((), blocks.shape[1])
     mean, squares = _sum(numbers) / count, _sum(numbers * numbers) / count
     deviation = (squares - mean * mean).clamp_(min=0.0).sqrt()
     bits = _power_below(deviation * quest_factor(element) + 1e-8).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)

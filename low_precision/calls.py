@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class Frame:
     attention: list[str] = field(default_factory=list)  # products to come of attention that is being computed
     own_passes: int = 0  # forward passes of a layer since the last step, with this one
     numbers: Counter[str] = field(default_factory=Counter)  # how often each function was called in this call
+    tried: dict[str, Frame] = field(default_factory=dict)  # the same module with other rules, by what is tried
 
     @property
     def training(self) -> bool:
@@ -111,10 +112,23 @@ class Frame:
 
     def copy(self) -> Frame:
         """For a recomputation: the module calls the same functions again from here on."""
-        numbers = Counter(self.numbers)
-        return Frame(
-            self.rounding, self.module, self.time, self.replica, None, list(self.attention), self.own_passes, numbers
+        return replace(
+            self,
+            call_frame=None,
+            attention=list(self.attention),
+            numbers=Counter(self.numbers),
+            tried={name: frame.copy() for name, frame in self.tried.items()},
         )
+
+    def name_of(self, function: str) -> tuple[str, bool]:
+        """The full name of the next call of that function, and whether it is the layer's own.
+
+        A layer's first product by its own function is the layer's: hooks round what the layer reads and gives.
+        """
+        number = self.numbers[function]
+        if self.rounding.is_layer and not number and function in OWN_FUNCTIONS:
+            return self.rounding.name, True
+        return _numbered(self.rounding.name, function, number), False
 
 
 class Call:
@@ -124,11 +138,8 @@ class Call:
         """function: its name. mode: that sees the functions which are called."""
         self.frame, self.function, self.native, self.mode = frame, function, native, mode
         self._rounding = frame.rounding
-        number = frame.numbers[function]
+        self.name, self.is_layers = frame.name_of(function)
         frame.numbers[function] += 1
-        # A layer's first product by its own function is the layer's: hooks round what the layer reads and gives.
-        self.is_layers = self._rounding.is_layer and not number and function in OWN_FUNCTIONS
-        self.name = self._rounding.name if self.is_layers else _numbered(self._rounding.name, function, number)
         self._place = self._next_pass(self.name)
         self._read = 0  # operands so far
         self._rounded: Counter[str] = Counter()  # results so far, by name
@@ -314,7 +325,7 @@ class Call:
         dtype = _type_of_result(a, b, bias)
         if dtype is None:
             return form.forward(a, b, bias)  # torch's own error
-        if dtype in _HALVES:  # the product is computed in float32, and its result is of that type
+        if dtype in HALVES:  # the product is computed in float32, and its result is of that type
             a, b, bias = a.float(), b.float(), None if bias is None else bias.float()
         added, restore = None, None
         if self._rounding.scheme.transforms:
@@ -333,6 +344,7 @@ class Call:
         # Both factors of one kind have noise of their own; those of a layer have the layer's name alone.
         tensors = (name, name) if self.is_layers else (f"{name}[0]", f"{name}[1]")
         place = self._place_of(factors[0], passes)
+        watcher = self._rounding.clock.watcher
         return ProductCall(
             self._rounding.scheme,
             self._quantizer,
@@ -344,10 +356,11 @@ class Call:
             are_weights,
             self.frame.training,
             place.notes,
+            watcher if watcher is not None and watcher.is_on and place.notes else None,
         )
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def _type_of_result(a: Tensor, b: Tensor, bias: Tensor | None) -> torch.dtype | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from low_precision.delayed import DelayedScales
+from low_precision.listener import Listener
 from low_precision.torch_private import process_rank, wrap_checkpointing
 
 
@@ -67,6 +68,8 @@ class Clock(Time):
     seed: int = 0  # of all its noise
     writes: int = 0  # weights taken over from outside since the last step
     delayed: DelayedScales = field(default_factory=DelayedScales)  # the model's, which move at steps too
+    watcher: Listener | None = None  # listens to what is rounded
+    is_aside: bool = False  # of what is only tried: no loss scale looks at its errors
 
     def __post_init__(self) -> None:
         with _all_clocks:
@@ -74,8 +77,8 @@ class Clock(Time):
         _watch_checkpointing()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy that is made inside a block of `unquantized` is outside of it."""
-        return vars(self) | {"paused": 0}
+        """A copy that is made inside a block of `unquantized` is outside of it, and nobody listens to it."""
+        return vars(self) | {"paused": 0, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or loaded one
         self.__dict__.update(state)

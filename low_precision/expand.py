@@ -48,7 +48,7 @@ def quantize_expand(
     b = torch.minimum(_float32(smallest.double() + _LEAST), a)  # a: of a group of zeros
     c = _float32(a.double().sqrt()) * _float32(b.double().sqrt())
     ratio = (a / b).clamp(max=_FLOAT32.max)
-    reach = _float32(torch.tensor(largest * largest / 2, dtype=torch.float64, device=z.device).log2())
+    reach = _float32(torch.full((), largest * largest / 2, dtype=torch.float64, device=z.device).log2())
     k = (reach / _float32(ratio.double().log2()) * _PARTS).floor() / _PARTS
     k = torch.where(ratio > 1, k, 1.0)
     s = (_power(a / c, k) / torch.full_like(a, largest)).clamp(min=_FLOAT32.tiny)

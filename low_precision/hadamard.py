@@ -134,4 +134,7 @@ def _butterfly(z: Tensor, size: int) -> Tensor:
 
 def _signs(signs: Sign, like: Tensor) -> Tensor:
     """(N, 1), of that tensor's type and device."""
-    return torch.tensor(signs, dtype=like.dtype, device=like.device).unsqueeze(1)
+    column = torch.tensor(signs, dtype=like.dtype, device="cpu").unsqueeze(1)
+    if like.is_cuda:  # from pinned memory nobody waits for the copy
+        return column.pin_memory().to(like.device, non_blocking=True)
+    return column.to(like.device)

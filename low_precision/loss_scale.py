@@ -159,7 +159,7 @@ def note_error(quantizer: Quantizer, error: Tensor) -> Tensor | None:
     where other processes have to skip the step too, and gradients are all that reaches them.
     """
     dynamic = [scale for scale in _scales_of_this_pass() if scale.dynamic]
-    if not dynamic:
+    if not dynamic or quantizer.clock.is_aside:
         return None
     beyond = quantizer.beyond(error)
     alone = torch_private.process_count() == 1

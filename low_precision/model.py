@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from low_precision import by_layer, reach
-from low_precision.calls import ModelRun, ModuleRounding
+from low_precision.calls import ModelRun
 from low_precision.clock import Clock, next_seed
 from low_precision.errors import SettingError
 from low_precision.formats import FLOAT32
-from low_precision.layers import LAYER_TYPES, LayerRounding, ShownFunctions, type_of
+from low_precision.frames import Frames
+from low_precision.layers import LayerRounding, ShownFunctions, type_of
 from low_precision.listening import Listening
 from low_precision.loss_scale import LossScale
 from low_precision.noted import Notes
@@ -35,7 +36,7 @@ from low_precision.rules import (
     is_there,
     state_of,
 )
-from low_precision.running import ModuleHooks, hidden, needs_frame
+from low_precision.running import hidden
 from low_precision.scheme import Scheme
 from low_precision.torch_private import forget_compiled, is_replica, parameters_of, untraced, unwrapped
 from low_precision.weights import Weights
@@ -82,17 +83,15 @@ class LowPrecision:
         self._whole = self.scheme  # with the optimizer's rules, once there is one
         self._rules: dict[nn.Module, dict[str, Rule]] = {}  # shown by each: the optimizer's come later
         self._weights = Weights(self.clock)
-        self._names: dict[Tensor, str] = {}  # of the parameters that are rounded
+        self.parameter_names: dict[Tensor, str] = {}  # of the parameters that are rounded
         self._modules: list[nn.Module] = []  # those that are rounded
         by_layer.check_patterns(model, self.layers)
         by_layer.check_lines(model, scheme.lines, self.layers)
         self._hooks: list[Any] = []  # pickled with the model: else a hook of a new process could take their number
-        self._framed: list[nn.Module] = []  # those that say when they run
-        self._root_frame: ModuleHooks | None = None  # the model's own, where it has one
-        self._passing: list[Any] = []  # hooks by which others do so while a forward pass is noted
         self._nested: list[nn.TransformerEncoder] = []  # which would have made nested tensors
-        self._run = ModelRun(model)
-        self.listening = Listening(self._run)
+        self.run = ModelRun(model)
+        self.frames = Frames(model, self.scheme, self.layers, self.clock, self.run)
+        self.listening = Listening(self.run)
         self.extend()
         self._hooks.append(model.register_forward_pre_hook(self._before_model, prepend=True))
         self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
@@ -107,10 +106,10 @@ class LowPrecision:
         self._check_new(modules, names)
         forget_compiled()
         present = {p for module in self._selected().values() for p in module.parameters(recurse=False)}
-        for parameter in [p for p in self._names if p not in present]:
-            del self._names[parameter]
+        for parameter in [p for p in self.parameter_names if p not in present]:
+            del self.parameter_names[parameter]
             self._weights.drop(parameter)
-        self._names |= names
+        self.parameter_names |= names
         self._modules += modules.values()
         if self.scheme.backend != "qtorch":  # there, OptimLP rounds the weights itself, from its first step on
             self._round_parameters(names)
@@ -118,39 +117,13 @@ class LowPrecision:
                 # First of all, before one that computes with the parameters, as pruning does.
                 self._hooks.append(module.register_forward_pre_hook(self._settle, prepend=True))
                 self._hooks.append(module.register_load_state_dict_post_hook(self._loaded))  # type: ignore[no-untyped-call]
-        self._hooks += self._frame_modules()
+        self._hooks += self.frames.register() if self._flows() else []
         for name, module in modules.items():
             rounding = self._show(module, name)
             if rounding and rounding.flows:
                 self._hooks.append(module.register_forward_pre_hook(rounding.before, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(rounding.after, always_call=True))
         self._prepare()
-
-    def _frame_modules(self, everywhere: bool = False) -> list[Any]:
-        """Registers the hooks that say when a module runs, where they are needed and not there yet, and returns them.
-
-        everywhere: for all modules, so that what they call is noted under their names.
-        """
-        hooks: list[Any] = []
-        if not (self._flows() or everywhere):
-            return hooks
-        known = set(map(id, self._framed))
-        # Those that lines leave alone too: what they call is not their container's.
-        for name, module in by_layer.select(self.model, self.layers).items():
-            if id(module) in known or isinstance(module, LayerRounding):
-                continue
-            scheme, kind = self.scheme.of(name), type_of(module)
-            rounding = ModuleRounding(
-                scheme, name, self.clock, self._run, kind is not None, type(module) in LAYER_TYPES
-            )
-            if everywhere or needs_frame(module, rounding):
-                if not everywhere:
-                    self._framed.append(module)
-                frame = ModuleHooks(rounding)
-                self._root_frame = frame if module is self.model else self._root_frame
-                hooks.append(module.register_forward_pre_hook(frame.begin, prepend=True))
-                hooks.append(module.register_forward_hook(frame.end, always_call=True))
-        return hooks
 
     def _flowing_sites(self) -> list[str]:
         """The sites of what flows through the model that round something."""
@@ -265,7 +238,7 @@ class LowPrecision:
             if not scale.dynamic and any(other.scale is self.loss_scale for other in self._weights.optimizers):
                 is_same = self.loss_scale.value == scale.value and not self.loss_scale.dynamic
                 scale = self.loss_scale if is_same else scale
-            OptimizerRounding(self._names, self._weights, scheme, scale, self.check_step).attach(optimizer)
+            OptimizerRounding(self.parameter_names, self._weights, scheme, scale, self.check_step).attach(optimizer)
         self.loss_scale = scale
         self._whole = scheme
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -321,7 +294,7 @@ class LowPrecision:
             if id(module) not in known and (named or type_of(module)):
                 modules[name] = module
             for p, full_name in named:
-                known_name = self._names.get(p)
+                known_name = self.parameter_names.get(p)
                 if known_name is None:
                     # Other tensors in a parameter's place are a guest's: torch.func.functional_call brings them along.
                     if isinstance(p, nn.Parameter):
@@ -375,12 +348,9 @@ class LowPrecision:
         with hidden():
             self._weights.settle(training=training)
         if listen and not compiled:
-            is_framed = any(module is model for module in self._framed)
-            noted = self.listening.first_pass(
-                model, self._flowing_sites(), self.scheme, self._show_calls, self._framed_everywhere()
-            )
-            if noted and not is_framed and self._root_frame:  # its hook came too late for this pass
-                self._root_frame.begin(model, arguments)
+            during = self.frames.everywhere()
+            if self.listening.first_pass(model, self._flowing_sites(), self.scheme, self._show_calls, during):
+                self.frames.begin(arguments)
         elif listen:
             self.listening.give_up()
 
@@ -393,21 +363,9 @@ class LowPrecision:
             ShownFunctions.show(module, self.listening.shown(name))
 
     @contextmanager
-    def _framed_everywhere(self) -> Iterator[None]:
-        """Inside, each module says when it runs."""
-        for hook in self._passing:  # of a pass that was interrupted
-            hook.remove()
-        hooks = self._passing = self._frame_modules(everywhere=True)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
     def noting(self) -> Iterator[Notes]:
         """The notes of the forward pass that is made inside; it does not count as the model's first one."""
-        with self._framed_everywhere(), self.listening.aside() as notes:
+        with self.frames.everywhere(), self.listening.aside() as notes:
             yield notes
 
     @staticmethod
@@ -439,7 +397,7 @@ class LowPrecision:
     def _loaded(self, module: nn.Module, keys: Any) -> None:
         parameters = parameters_of(module)
         for name, parameter in parameters.items():
-            if parameter is not None and parameter not in self._names:
+            if parameter is not None and parameter not in self.parameter_names:
                 raise ValueError(f"load_state_dict: {name} is a new parameter, not rounded: load without assign")
         if not self.clock.paused:
             self._weights.settle(parameters.values())

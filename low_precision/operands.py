@@ -12,6 +12,7 @@ from low_precision import blocks, hadamard, loss_scale
 from low_precision.clock import Time
 from low_precision.formats import NAMED, BlockFormat
 from low_precision.forms import Reading
+from low_precision.listener import Listener
 from low_precision.noise import Key
 from low_precision.products import Operand, Operands, Rotation, Rounds, round_operand
 from low_precision.rounding import Rounding
@@ -36,14 +37,16 @@ class ProductCall:
         are_weights: tuple[bool, bool],
         training: bool,
         notes: bool,
+        watcher: Listener | None,
     ) -> None:
         """scheme: of the module. quantizer: of a site and a tensor. call: as Quantizer takes it. tensors: the names of
         the factors, by which their noise is told apart. notes: whether delayed scales learn of what is rounded.
+        watcher: who listens to the product.
         """
         self._scheme, self._quantizer, self._seed, self._time, self._call = scheme, quantizer, seed, time, call
         self._step = time.step  # the way back may come after the optimizer's step
         self._tensors, self._factors, self._are_weights, self._training = tensors, factors, are_weights, training
-        self._notes = notes
+        self._notes, self._watcher = notes, watcher
         # On the way back the error meets the other factor.
         self._products = "dgrad" if are_weights[1] else "wgrad", "dgrad" if are_weights[0] else "wgrad"
 
@@ -56,7 +59,13 @@ class ProductCall:
             others=(self._operand(f"{of_a}.{second}", 1), self._operand(f"{of_b}.{first}", 0)),
             rotation=self._rotation("forward", 0),
             rotations=(self._rotation(of_a, 0), self._rotation(of_b, 1)),
+            tell=self._tell if self._watcher is not None else None,
         )
+
+    def _tell(self, of: int | None, turn: int, result: Tensor, exact: Callable[[], Tensor]) -> None:
+        if self._watcher is not None:
+            product = "forward" if of is None else self._products[of]
+            self._watcher.product(product, self._tensors[0], (of, self._step, self._call, turn), result, exact)
 
     def backward_passes(self, name: str) -> Iterator[int]:
         """A count of them. name: of the product."""

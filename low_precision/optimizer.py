@@ -238,6 +238,8 @@ class OptimizerRounding:
                 for p, quantizer in quantizers.items()
             ]
             self.overflowed = self.scale.overflow.take(*beyond)
+        if self.clock.watcher is not None and self.clock.watcher.tries:
+            self.clock.watcher.try_gradients(gradients)
         for p, quantizer in quantizers.items():
             if quantizer and not self.overflowed:
                 quantizer(gradients[p], call, out=gradients[p])
@@ -249,6 +251,8 @@ class OptimizerRounding:
         self.clock.move_to(self.clock.step + 1)
         self.clock.delayed.move()  # before what the step has made is rounded: its scales follow from the steps before
         self._roundings = 0
+        if self.clock.watcher is not None and self.clock.watcher.tries:
+            self.clock.watcher.try_states(optimizer)
         self.states.round(optimizer)
         self.weights.leave(self.moving)
         if self.moving and not self._has_looked:
@@ -257,6 +261,8 @@ class OptimizerRounding:
         if self.scale.dynamic:
             self.scale.update(self.overflowed)
             self.overflowed = False
+        if self.clock.watcher is not None:
+            self.clock.watcher.end_step()
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         if not self.clock.paused:
@@ -306,6 +312,8 @@ class OptimizerRounding:
         checksums = extra.get("checksums", {})
         self.weights.expect({p: checksums[name] for p, name in self.names.items() if name in checksums})
         self.clock.move_to(extra["step"])
+        if self.clock.watcher is not None:
+            self.clock.watcher.begin(self.clock.step + 1)
         self.clock.delayed.load_state_dict(extra.get("delayed", {}))
         if self.scheme.seed is None:
             self.clock.seed = extra.get("seed", self.clock.seed)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,16 @@ class Rotation(NamedTuple):
 
 
 _STORED = Operand()  # the stored tensor as it is
+# (gradient with respect to which factor, None: forward; how many backward passes there were before; result; what makes
+# the result of unrounded operands)
+Tell = Callable[[int | None, int, Tensor, Callable[[], Tensor]], None]
 
 
 class Operands(NamedTuple):
     """How the six operands of one product y = f(a, b) are read.
 
     errors: the error where the gradient with respect to a is made, and to b. others: what it meets there, b and a.
-    rotation, rotations: of the forward product, and of the two that make these gradients.
+    rotation, rotations: of the forward product, and of the two that make these gradients. tell: who listens.
     """
 
     forward: tuple[Operand, Operand] = (_STORED, _STORED)
@@ -96,6 +100,7 @@ class Operands(NamedTuple):
     others: tuple[Operand, Operand] = (_STORED, _STORED)
     rotation: Rotation | None = None
     rotations: tuple[Rotation | None, Rotation | None] = (None, None)
+    tell: Tell | None = None
 
 
 class Product(torch.autograd.Function):
@@ -114,6 +119,10 @@ class Product(torch.autograd.Function):
         read = _read(of_a, a, readings[0], rotation, 0), _read(of_b, b, readings[1], rotation, 0)
         with in_float32(a.device):
             y = form.forward(*read, bias)
+        if operands.tell is not None:
+            with in_float32(a.device):  # the product alone, without its bias
+                rounded = y if bias is None else form.forward(*read, None)
+                operands.tell(None, 0, rounded, lambda: form.forward(a, b, None))
         # .data, or in a transform a copy: einsum's result is a view, on which autograd refuses in-place functions.
         return y.clone() if transforms_are_active() else y.data
 
@@ -173,6 +182,10 @@ class _WayBack:
             gradient = self._masked(gradient, of, turned)
         for rotation, reading, turn in turned:
             gradient = rotation.back(gradient, reading, turn, self._factors[of].shape[reading.over[0]])
+        if operands.tell is not None:
+            with in_float32(gradient.device):
+                exact = partial(multiply, self._error, self._factors[other], self._factors[of])
+                operands.tell(of, self._turn, gradient, exact)
         return gradient
 
     def _shaped(self, of: int, turned: list[tuple[Rotation, Reading, int]]) -> Tensor:

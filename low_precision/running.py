@@ -49,6 +49,7 @@ class _Thread(threading.local):
         self.is_active = False  # the mode
         self.is_lent = False  # it is off the stack while a layer runs
         self.hidden = 0  # inside so many blocks of `hidden`
+        self.is_tried = False  # the call that runs: what it calls is a part of it
 
 
 _thread = _Thread()
@@ -60,6 +61,30 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[
     frame = _innermost()
     if frame is None:
         return function(*arguments, **named)
+    watcher = frame.rounding.clock.watcher
+    if watcher is None or not watcher.tries or _thread.is_tried or function not in FUNCTIONS:
+        return _called(frame, function, arguments, named)
+    ended = watcher.try_call(frame, function, arguments, named)  # before the call, which may work in place
+    _thread.is_tried = True
+    try:
+        result = _called(frame, function, arguments, named)
+    finally:
+        _thread.is_tried = False
+    ended(result)
+    return result
+
+
+def call_in(frame: Frame, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The function's result as the module of that frame has it, beside the modules that run."""
+    _thread.frames.append(frame)
+    try:
+        return _called(frame, function, arguments, named)
+    finally:
+        _thread.frames.pop()
+
+
+def _called(frame: Frame, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The function's result as that module has it."""
     rounding, notes = frame.rounding, frame.rounding.run.notes
     row = FUNCTIONS.get(function)
     if row is not None and (rounding.has_products or rounding.has_elementwise):

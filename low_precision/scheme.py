@@ -121,7 +121,8 @@ class Quantizer:
         self.rule, self.names, self.clock, self.overflow, self.backend = rule, names, clock, overflow, backend
         self.is_delayed = is_delayed(rule.format)
         self.scale_name = " ".join(names)  # of a delayed scale, among the model's
-        self._notes = True  # whether that learns of what is rounded
+        self._notes = True  # whether that learns of what is rounded, and a watcher hears of it
+        self.site = names[0]  # as a watcher shows it
         clock.delayed.is_used = clock.delayed.is_used or self.is_delayed
         self._key: tuple[int, Key] | None = None  # made when it is needed: a loaded state may bring another seed
 
@@ -139,8 +140,8 @@ class Quantizer:
         return other
 
     def noting(self, notes: bool) -> Quantizer:
-        """The same, of which a delayed scale learns, or not, as in evaluation."""
-        if not self.is_delayed or notes == self._notes:
+        """The same, of which a delayed scale learns and a watcher hears, or not, as in evaluation."""
+        if notes == self._notes or not (self.is_delayed or self.clock.watcher):
             return self
         other = copy(self)
         other._notes = notes
@@ -148,10 +149,9 @@ class Quantizer:
 
     def for_state(self, name: str) -> Quantizer:
         """The same for one of several states that an optimizer keeps of a parameter: each has its delayed scale."""
-        if not self.is_delayed:
-            return self
         other = copy(self)
-        other.scale_name = f"{self.names[0]}.{name} {self.names[1]}"
+        other.site = f"{self.names[0]}.{name}"
+        other.scale_name = f"{other.site} {self.names[1]}"
         return other
 
     def scale(self, x: Tensor) -> Tensor | None:
@@ -181,17 +181,25 @@ class Quantizer:
             key = self.key.fold(self.clock.step if step is None else step).fold(call)
             key = key.fold(backward_pass) if backward_pass else key
             key = replace(key, first_row=first_row) if first_row else key
-        return quantize(
+        dim = min(1, x.ndim - 1) if dim is None else dim
+        scale = self.scale(x) if scale is None else scale
+        watcher, before = self.clock.watcher, None
+        if watcher is not None and watcher.is_on and self._notes:
+            before = watcher.before(self, x, out is not None, step, call, backward_pass)
+        rounded = quantize(
             x,
             self.rule.format,
             self.rule.rounding,
             key,
-            dim=min(1, x.ndim - 1) if dim is None else dim,
+            dim=dim,
             overflow=self.overflow,
             backend=self.backend,
             out=out,
-            scale=self.scale(x) if scale is None else scale,
+            scale=scale,
         )
+        if watcher is not None and before is not None:
+            watcher.rounded(self, before, rounded, dim, scale)
+        return rounded
 
     def beyond(self, x: Tensor) -> Tensor:
         """bool (): whether `x` holds a value that the format does not reach, or a NaN."""

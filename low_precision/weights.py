@@ -112,6 +112,12 @@ class Weights:
         for table in tables:
             table.pop(p, None)
 
+    def rounder(self, site: str, p: Tensor) -> Quantizer | None:
+        """What rounds a parameter, or what is kept of it, at that site; None: nothing."""
+        at: dict[str, Mapping[Tensor, Quantizer | None]]
+        at = {"weights": self.weights, "accumulator": self.accumulator, "compensation": self.compensation}
+        return at[site].get(p)
+
     def forget_aside(self) -> None:
         """What stood behind replaced weights will not come back."""
         self._aside.clear()
@@ -295,6 +301,8 @@ class Weights:
         """Puts the accumulator where the optimizer finds these parameters."""
         self._raw.clear()
         self._expected.clear()
+        if self.clock.watcher is not None:
+            self.clock.watcher.found(self, parameters)
         for p in parameters:
             self._aside.pop(p, None)
             if p in self.masters:
@@ -304,6 +312,8 @@ class Weights:
 
     def leave(self, parameters: list[Tensor], call: int = 0) -> None:
         """Takes over what the optimizer made of these parameters."""
-        for p in parameters:
-            if p in self._versions:
-                self._take_over(p, call, compensate=True)
+        watcher = self.clock.watcher
+        with nullcontext() if watcher is None else watcher.update(self, parameters):
+            for p in parameters:
+                if p in self._versions:
+                    self._take_over(p, call, compensate=True)

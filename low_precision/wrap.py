@@ -317,6 +317,7 @@ def _looked(low: LowPrecision, inputs: tuple[Any, ...], named: dict[str, Any]) -
     model, calls = low.model, Counter(low.clock.calls)
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    watcher, low.clock.watcher = low.clock.watcher, None
     try:
         with (
             torch.random.fork_rng(sorted(d for d in devices if d is not None)),
@@ -325,6 +326,7 @@ def _looked(low: LowPrecision, inputs: tuple[Any, ...], named: dict[str, Any]) -
         ):
             model(*inputs, **named)
     finally:
+        low.clock.watcher = watcher
         low.clock.calls.clear()
         low.clock.calls.update(calls)
         with torch.no_grad():

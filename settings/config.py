@@ -13,9 +13,9 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from data import DATASETS
-from low_precision.errors import SettingError, nearest, shown
-from low_precision.formats import FLOAT32, BlockFormat, Format, digest_of_file, format_named
-from low_precision.rounding import Overflow, Rounding, is_random, overflow_named, rounding_named
+from low_precision.errors import SettingError, nearest
+from low_precision.formats import FLOAT32, Format, digest_of_file, format_named
+from low_precision.rounding import Overflow, is_random, overflow_named, rounding_named
 from low_precision.rules import (
     ADDED_SITES,
     ALL_SITES,
@@ -35,7 +35,11 @@ from low_precision.rules import (
     state_of,
 )
 from low_precision.transforms import Transform, transforms_of
-from settings import kinds
+from settings import kinds, qtorch
+from settings.errors import ConfigError as ConfigError
+from settings.errors import flag as flag
+from settings.errors import refused as refused
+from settings.errors import shown_value
 from settings.kinds import Kind
 
 MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20")  # models.MODELS builds them
@@ -48,21 +52,14 @@ OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAM
 }
 
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
-INDECISIVE = ("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity")
+INDECISIVE = (
+    *("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity"),
+    *("watch", "watch_also", "shadow"),
+)
 # At their defaults these are not in a record, so that those of before keep their bytes.
-ADDED_LATER = ("recipe", "smallest_state", "transform")
+ADDED_LATER = ("recipe", "smallest_state", "transform", "watch", "watch_also", "shadow")
 # What they decide is in Config.rules and Config.lines.
 RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
-
-
-class ConfigError(SettingError):
-    """A setting that is not allowed: one line that names the flag, what was given and what is allowed."""
-
-    @classmethod
-    def of(cls, error: SettingError) -> ConfigError:
-        """The same of a flag, from what the library says of a setting."""
-        name = error.setting and flag(error.setting)
-        return cls(name, error.value, error.allowed, error.nearest, error.note)
 
 
 def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: str | None = None) -> Any:
@@ -196,6 +193,23 @@ class Config:
         Kind("a number of epochs (5), or a time (90s, 10m, 2h)", kinds.interval),
         "how often a checkpoint is written, beside the one at the end",
     )
+    watch: int = _setting(
+        0, "records", kinds.whole(0), "in every so many steps, what each layer loses: layers.jsonl; 0: never"
+    )
+    watch_also: tuple[str, ...] = _setting(
+        (),
+        "records",
+        kinds.TRIED,
+        "what that would be in another format, or under another recipe, on the tensors of this run; repeatable",
+        default_text="none",
+    )
+    shadow: bool = _setting(
+        False,
+        "records",
+        kinds.SWITCH,
+        "train the same in float32 beside it: shadow.jsonl has how far off this run is",
+        default_text="off",
+    )
     wandb: str = _setting(
         "auto",
         "records",
@@ -229,6 +243,8 @@ class Config:
             raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
         if self.momentum and self.optimizer != "sgd":
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
+        if self.watch_also and not self.watch:
+            raise refused("watch_also", self.watch_also[0], "none without --watch N")
         self._check_states()
         rules = self.rules()
         if self.recipe and not any(site_line(text).site in (*OPERANDS, PRODUCTS) for text in self.site):
@@ -243,7 +259,7 @@ class Config:
                 allowed = f"a format whose values are float32 numbers, as a run's are (those of {rule.format} are not)"
                 raise refused("precision" if rule.format.name == self.precision else "site", f"{site}={rule}", allowed)
         if self.backend == "qtorch":
-            self._check_qtorch(rules)
+            qtorch.check(self, rules)
 
     def _check_states(self) -> None:
         """No site momentum.NAME of a state that the optimizer does not keep."""
@@ -257,34 +273,6 @@ class Config:
                 site = text.partition("=")[0].rpartition("/")[2]
                 if state_of(site) is not None and site not in known:
                     raise refused(name, text, allowed, nearest(site, known))
-
-    def _check_qtorch(self, rules: dict[str, Rule]) -> None:
-        others = "auto, eager, fused"
-        if by_layer := [line for line in self.lines() if line.pattern is not None]:
-            raise refused("backend", "qtorch", f"{others} (--site {by_layer[0]}: qtorch rounds all modules alike)")
-        if self.smallest_state:
-            raise refused("backend", "qtorch", f"{others} (--smallest-state: qtorch rounds all states alike)")
-        for site, rule in rules.items():
-            shared = isinstance(rule.format, BlockFormat) and rule.format.block in ("tensor", "row")
-            fixed = isinstance(rule.format, Format) and not rule.format.exponent_bits
-            if not (shared or fixed or rule.format.name in ("float8", "float16", "float32")):
-                raise refused("backend", "qtorch", f"{others} ({site}: qtorch has no {rule.format})")
-            if rule.rounding not in (Rounding.NEAREST, Rounding.STOCHASTIC):
-                raise refused("backend", "qtorch", f"{others} ({site}: qtorch cannot round {rule.rounding})")
-        unknown = (
-            self.loss_scale == "dynamic"
-            or self.layers
-            or self.optimizer in ("adamw", "collage")
-            or "compensation" in rules
-        )
-        if unknown or any(state_of(site) is not None or site in (ELEMENTWISE, *OPERANDS) for site in rules):
-            lacks = (
-                "no dynamic loss scale, no choice of layers, no adamw, no collage, no compensation, no momentum.NAME,"
-                " no operands, no elementwise"
-            )
-            raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
-        if self.transforms():
-            raise refused("backend", "qtorch", f"{others} (--transform {self.transform[0]}: qtorch has no operands)")
 
     @classmethod
     def make(cls, **settings: Any) -> Config:
@@ -376,7 +364,9 @@ class Config:
     def told_differences(self, other: Config) -> list[str]:
         """`differences`, each as a text: "--seed 42, not 43"."""
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.differences(other)}
-        return [f"{flag(name)} {_shown(ours)}, not {_shown(theirs)}" for name, (ours, theirs) in pairs.items()]
+        return [
+            f"{flag(name)} {shown_value(ours)}, not {shown_value(theirs)}" for name, (ours, theirs) in pairs.items()
+        ]
 
     def _decisive(self) -> dict[str, Any]:
         """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference.
@@ -418,24 +408,10 @@ def _convert(f: Field, value: Any) -> Any:
     except SettingError as error:
         if error.setting is not None:  # of the library, which knows nothing of what else the flag takes
             raise refused(f.name, value, kind.allowed, error.nearest, error.note) from None
-        exact = error.value or _shown(value), error.allowed or kind.allowed
+        exact = error.value or shown_value(value), error.allowed or kind.allowed
         raise ConfigError(flag(f.name), *exact, error.nearest, error.note) from None
     except (TypeError, ValueError, OverflowError, AttributeError):
         raise refused(f.name, value, kind.allowed) from None
-
-
-def refused(name: str, value: Any, allowed: str, nearest_word: str | None = None, note: str = "") -> ConfigError:
-    """What is wrong with a setting, by the name of its field."""
-    return ConfigError(flag(name), _shown(value), allowed, nearest_word, note)
-
-
-def _shown(value: Any) -> str:
-    return shown(",".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
-
-
-def flag(name: str) -> str:
-    """The command line's name of a field."""
-    return "--" + name.replace("_", "-")
 
 
 def _digest(facts: dict[str, Any]) -> str:

@@ -12,7 +12,9 @@ from low_precision.errors import nearest, shown
 from low_precision.recipe import Recipe
 from low_precision.rules import LINE_FORM, SITE_NAMES
 from low_precision.transforms import FORM as TRANSFORM_FORM
+from low_precision.tried import FORM as TRIED_FORM
 from settings.config import Config, ConfigError, flag
+from settings.kinds import SWITCH
 from settings.recipes import NONE, RECIPES, settings_of, with_recipe
 
 GROUPS = {
@@ -22,7 +24,7 @@ GROUPS = {
     "records": "where the record goes",
 }
 RESUMABLE = "the folder of a record"
-REPEATABLE = ("site", "transform")  # the flags that may be given several times
+REPEATABLE = ("site", "transform", "watch_also")  # the flags that may be given several times
 TABLES = ("list_formats", "list_recipes")  # the flags that print a table instead of a run
 
 
@@ -63,9 +65,12 @@ def parser() -> Parser:
         if f.name == "recipe":  # of which the flag gives the rules too
             continue
         about = f.metadata
+        if about["kind"] is SWITCH:
+            groups[about["group"]].add_argument(flag(f.name), action="store_true", help=about["help"], dest=f.name)
+            continue
         text = f"{about['help']}. {about['kind'].allowed} [default: {about['default']}]".replace("%", "%%")
         action = "append" if f.name in REPEATABLE else "store"
-        metavar = {"site": LINE_FORM, "transform": TRANSFORM_FORM}.get(f.name, f.name.upper())
+        metavar = {"site": LINE_FORM, "transform": TRANSFORM_FORM, "watch_also": TRIED_FORM}.get(f.name, f.name.upper())
         groups[about["group"]].add_argument(flag(f.name), action=action, metavar=metavar, help=text, dest=f.name)
     groups["rounding"].add_argument(
         "--recipe",
@@ -109,6 +114,9 @@ def flags_of(config: Config, without: Sequence[str] = ()) -> list[str]:
         if f.name in REPEATABLE and recipe:
             value = _beside(recipe, f.name, value)
         if value == defaults[f.name] or f.name in without:
+            continue
+        if isinstance(value, bool):  # a switch, which is off by default
+            words.append(flag(f.name))
             continue
         if f.name in REPEATABLE:
             texts = list(value)

@@ -26,6 +26,8 @@ from low_precision.rules import (
 )
 from low_precision.transforms import ALLOWED as transforms_allowed
 from low_precision.transforms import product_transforms, texts_of, transforms_of
+from low_precision.tried import ALLOWED as tried_allowed
+from low_precision.tried import tried_named
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ def text(value: Any) -> str:
     return value
 
 
+def switch(value: Any) -> bool:
+    """On or off."""
+    known = {True: True, False: False, "true": True, "false": False, "True": True, "False": False}
+    if isinstance(value, bool | str) and value in known:
+        return known[value]
+    raise ValueError
+
+
 def folder(value: Any) -> str:
     """A folder's path, its ~ expanded."""
     return os.path.expanduser(text(value))
@@ -141,6 +151,14 @@ def overrides(value: Any) -> tuple[str, ...]:
         raise SettingError(None, "", "", note=f" ({twice[0]} stands there twice)")
     if marked := [line.left_side for line in lines if set(",;") & set(line.pattern or "")]:
         raise SettingError(None, "", "", note=f" (the pattern of {marked[0]} has a comma or a semicolon)")
+    return texts
+
+
+def tried(value: Any) -> tuple[str, ...]:
+    """FORMAT[:ROUNDING] or recipe:NAME, one or a sequence of them, each once; one without a rounding gets nearest."""
+    texts = tuple(map(tried_named, (value,) if isinstance(value, str) else value))
+    if twice := [text for number, text in enumerate(texts) if text in texts[:number]]:
+        raise SettingError(None, shown(value), "", note=f" ({twice[0]} stands there twice)")
     return texts
 
 
@@ -202,6 +220,8 @@ FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
 FORMAT = Kind(FORMAT_NAMES, format_name)
 ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
 TRANSFORM = Kind(transforms_allowed, transforms)
+TRIED = Kind(tried_allowed, tried)
+SWITCH = Kind("true or false", switch)
 FOLDER = Kind("a folder", folder)
 NAME = Kind("a name", text)
 RECIPE = Kind("a recipe's name", recipe_name)

@@ -83,6 +83,20 @@ def test_an_interrupted_run_of_two_processes_goes_on_with_one_or_two(cli, tmp_pa
     assert summary["training_accuracy"] > 0.9
 
 
+def test_a_shadow_of_two_processes_is_that_of_one(cli, tmp_path):
+    flags = [*ALONE, "--dataset", "boston", "--batch-size", 101, "--epochs", 3, "--precision", "float8", "--shadow"]
+    flags += ["--watch", 5, "--loss-scale", "dynamic", "--quantize", "inputs,activations,errors"]
+    torchrun(2, tmp_path, *flags, "--output-dir", tmp_path / "two")
+    two, one = only(tmp_path / "two"), cli(*flags, "--output-dir", tmp_path / "one").folder
+    lines, expected = (
+        [json.loads(line) for line in (folder / "shadow.jsonl").read_text().splitlines()] for folder in (two, one)
+    )
+    assert [line["step"] for line in lines] == [1, 1, 5, 5, 10, 10]
+    for line, other in zip(lines, expected, strict=True):
+        assert line.pop("layer") == other.pop("layer")
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
 def test_replicas_that_differ_are_noticed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"""

@@ -58,6 +58,9 @@ VALUES = {
     "backend": st.sampled_from(["auto", "eager", "fused", "qtorch"]),
     "output_dir": TEXTS,
     "checkpoint_every": st.sampled_from(["1", "5", "90s", "1.5m", "2h"]),
+    "watch": st.integers(1, 10**30),
+    "watch_also": st.lists(RULES | st.sampled_from(["recipe:nvfp4", "recipe:te-delayed"]), max_size=2).map(tuple),
+    "shadow": st.booleans(),
     "wandb": st.sampled_from(["auto", "online", "offline", "disabled"]),
     "wandb_project": st.none() | TEXTS,
     "wandb_entity": st.none() | TEXTS,
@@ -84,7 +87,7 @@ def test_the_command_of_a_run_is_that_run(draw, names):
         try:
             assert getattr(config_of(left_out), names[0]) == default
         except ConfigError:  # the others need it, as a model of images needs a data set of them
-            assert names[0] in ("optimizer", "dataset", "momentum")
+            assert names[0] in ("optimizer", "dataset", "momentum", "watch")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

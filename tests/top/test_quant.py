@@ -150,3 +150,30 @@ def test_a_pattern_that_matches_nothing_is_a_wrong_flag():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4))
     with pytest.raises(ConfigError, match=r"^--layers: given 'fc', allowed: a pattern that matches one of: 0$"):
         quant.round_run(Config(precision="float8", layers=("fc",)), model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_what_a_format_can_hold(capsys):
+    """Of E2M1 every value; the errors of numbers in the middle between two of them."""
+    assert quant.main(["--show", "float4_e2m1fn"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "finite values 15: 0 0.5 1 1.5 2 3 4 6, and below 0 the same" in lines
+    assert "becomes 0 up to 0.25" in lines
+    assert lines[-2:] == ["2^-1 to 2^0 1 2^-1 33.3 %", "2^0 to 1.5 * 2^2 2 each 2^-1 .. 2^1 20 %"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--show", "float9"], "format: given float9 (did you mean float8?), allowed: "),
+        (["--show", ""], "format: given '', allowed: "),
+        (["--show", "mxfp4", "--amax", "0"], "--amax: given 0, allowed: a number above 0"),
+        (["--show", "mxfp4", "0.3"], "--show: given 0.3 beside it, allowed: no numbers to round"),
+        (["float8", "0.3", "--amax", "1"], "--amax: given 1, allowed: with --show alone"),
+    ],
+)
+def test_wrong_words_beside_show(capsys, words, said):
+    assert quant.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"quant.py: error: {said}")
+    assert len(shown.err.splitlines()) == 1
