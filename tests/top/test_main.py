@@ -83,6 +83,10 @@ WRONG = [
     ("--checkpoint-every", "", "10m"),
     ("--resume", "runs/nothing", "folder of a record"),
     ("--resume", "", "folder of a record"),
+    ("--watch", "-1", ">= 0"),
+    ("--watch", "1.5", ">= 0"),
+    ("--watch-also", "mxfp5", "recipe:NAME"),
+    ("--watch-also", "recipe:mxfp9", "recipe:NAME"),
     ("--wandb", "on", "offline"),
     ("--wandb-project", "", "name"),
     ("--wandb-entity", "", "name"),
@@ -100,7 +104,8 @@ def test_a_wrong_value_is_named_with_its_flag_and_what_is_allowed(cli, tmp_path,
 
 def test_every_flag_has_a_wrong_value_above():
     flags = {option for action in parser()._actions for option in action.option_strings}
-    assert flags - {flag for flag, _, _ in WRONG} == {"-h", "--help", "--list-formats", "--list-recipes", "--debug"}
+    without = {"-h", "--help", "--list-formats", "--list-recipes", "--debug", "--shadow"}  # which take no value
+    assert flags - {flag for flag, _, _ in WRONG} == without
 
 
 @pytest.mark.parametrize("flag", list(dict.fromkeys(flag for flag, _, _ in WRONG)))
