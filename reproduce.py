@@ -42,6 +42,7 @@ MINUTES = {
     "advice": 3,
     "transformer": 40,
     "cifar10": 290,
+    "page": 11,
 }
 
 
@@ -123,6 +124,16 @@ SECTIONS = {
             "python report.py runs/cifar10 --metric testing_accuracy --save results/cifar10.csv"
             " --figure images/cifar10_results.png"
             " --title 'CIFAR-10, ResNet-20, 15 epochs: testing accuracy by what is rounded'",
+        ),
+    ),
+    "page": Section(
+        "pictures of a page of runs; they need chromium, and playwright of requirements-test.txt",
+        MINUTES["page"],
+        (
+            "python sweep.py --dataset digits --model resnet20 --learning-rate 0.05 --momentum 0.9 --batch-size 64"
+            " --epochs 4 --seed 0:3 --precision float32,float8,nvfp4 --rounding nearest,stochastic --watch 4"
+            " --watch-also mxfp8_e4m3 --shadow --output-dir runs/page",
+            "python bench/page.py runs/page --repeats 0 --pictures images",
         ),
     ),
 }

@@ -35,9 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="0: pictures alone [default: 5]")
     parser.add_argument("--pictures", type=Path, help="a folder for page.png and page_layers.png")
     asked = parser.parse_args(argv)
-    from playwright.sync_api import sync_playwright
-
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        print("bench/page.py: error: it needs playwright, which requirements-test.txt has", file=sys.stderr)
+        return 2
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        print("bench/page.py: error: it needs chromium: apt-get install chromium", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder) / "page.html"
         built = [build(asked.records, file) for _ in range(max(1, asked.repeats))]

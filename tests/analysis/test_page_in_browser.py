@@ -19,8 +19,8 @@ from settings.config import Config
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")]
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here, which drives a browser")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no chromium here, in which pages are tested")]
 
 HOSTILE = "<img src=x onerror=alert(1)></script><b>fc</b>"  # a layer may have any name
 STEPS = (0, 50, 100, 150)
@@ -228,17 +228,38 @@ def test_a_click_on_a_cell_shows_its_exponents_over_the_range(opened):
 
 
 def test_two_runs_stand_side_by_side_in_one_scale_of_colours(opened):
+    opened.chart("layers")  # drawn alone, and wider, before
     opened.page.select_option("#layers-beside", label="float32, seed 0, as nvfp4 would round it")
     charts = [opened.chart("layers", k) for k in (0, 1)]
     opened.page.wait_for_function("() => document.querySelectorAll('#layers .plot')[1].data?.length")
     boxes = [chart.bounding_box() for chart in charts]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    opened.page.wait_for_function("() => document.querySelectorAll('#layers .plot')[0].dataset.drawn > 1")
     drawn = [chart.locator(".main-svg").first.bounding_box() for chart in charts]
     assert [one["width"] for one in drawn] == [pytest.approx(box["width"], abs=1) for box in boxes]
     assert [one["height"] for one in drawn] == [pytest.approx(box["height"], abs=1) for box in boxes]
     scales = [chart.evaluate("plot => [plot.data[0].zmin, plot.data[0].zmax]") for chart in charts]
     assert scales[0] == scales[1]
+
+
+def test_a_map_becomes_curves_and_a_map_again(opened):
+    """The axis has its title below its numbers, and clicks are heard, after each."""
+    chart = opened.chart("layers")
+    for kind in ("scatter", "heatmap"):
+        opened.drawn_again(chart, lambda: opened.page.locator("#layers-curves").click())
+        assert chart.evaluate("plot => plot._fullData[0].type") == kind
+        if kind == "scatter":
+            title = chart.locator(".xtitle").bounding_box()
+            number = chart.locator(".xtick text").first.bounding_box()
+            assert title["y"] >= number["y"] + number["height"] - 1
+    left, top = opened.go_to(chart, 1, 2)
+    chart.locator(".hoverlayer .hovertext").wait_for()
+    assert "trace" not in chart.locator(".hoverlayer").text_content()  # plotly's name of a curve without one
+    exponents = opened.chart("layers", 2)
+    chart.scroll_into_view_if_needed()
+    left, top = opened.go_to(chart, 1, 2)
+    opened.drawn_again(exponents, lambda: opened.page.mouse.click(left, top))
 
 
 def test_the_name_of_a_layer_is_text(opened):
