@@ -32,6 +32,7 @@ function named(value) {
 }
 
 const ROW_HEIGHT = 46;
+const MARK = 0.22; // half of a mark's height, in rows
 
 class Formats {
   constructor(data) {
@@ -163,14 +164,21 @@ class Formats {
         x: places.map((k) => (this.axis === "own" ? values[k] / largest : values[k])),
         y: places.map(() => last - i),
         mode: "markers",
-        marker: { symbol: "line-ns", size: 17, line: { width: values.length > 300 ? 1 : 1.6, color: look(i).colour } },
+        marker: { size: 1, opacity: 0 }, // marks are below; of two that are within its size, plotly reads either
         hovertemplate: "%{text}",
         text: places.map((k) => this.valueText(format, values, k, codes, scale)),
       };
     });
+    const marks = traces.map(({ x }, i) => ({
+      x: x.flatMap((value) => [value, value, null]),
+      y: x.flatMap(() => [last - i - MARK, last - i + MARK, null]),
+      mode: "lines",
+      line: { width: x.length > 300 ? 1 : 1.6, color: look(i).colour, simplify: false },
+      hoverinfo: "skip",
+    }));
     const titles = { own: "value / largest magnitude", same: "value", powers: "value" };
     return {
-      traces,
+      traces: [...traces, ...marks],
       height: 110 + ROW_HEIGHT * formats.length,
       label: `Values of ${formats.map((format) => format.name).join(", ")}`,
       layout: {
