@@ -33,13 +33,17 @@ def page_data(rules: Sequence[Rule], amax: float, title: str = "") -> dict[str, 
         "title": title or f"Number formats: {', '.join(heads)}",
         "facts": [[name, *(one.get(name, "") for one in said)] for name in names],
         "formats": [_format(rule, amax) for rule in rules],
-        "amaxes": [[part, number(amax * part)] for part in PARTS],
+        "amaxes": [[part, number(amax * part)] for part in _parts(amax)],
     }
+
+
+def _parts(amax: float) -> list[float]:
+    return [part for part in PARTS if amax * part <= group_facts.LARGEST]
 
 
 def _format(rule: Rule, amax: float) -> dict[str, Any]:
     fmt, is_group = rule.format, isinstance(rule.format, BlockFormat)
-    shown = [drawn(rule, amax * part) for part in PARTS] if is_group else [drawn(rule, amax)]
+    shown = [drawn(rule, amax * part) for part in _parts(amax)] if is_group else [drawn(rule, amax)]
     return {
         "name": str(fmt),
         "rule": str(rule),

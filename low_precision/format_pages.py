@@ -38,7 +38,7 @@ from low_precision.rules import Rule
 from low_precision.scales import DELAYED
 
 IN_COLUMNS = 3  # formats beside each other
-MOST_NAME = 24  # characters of a name before a number line
+MOST_NAME = 20  # characters of a name before a number line
 
 
 def amax_of(text: str | None) -> float:
@@ -103,17 +103,20 @@ def _of_group(rule: Rule, amax: float) -> list[str]:
 
 
 def amaxes(rule: Rule, amax: float) -> list[tuple[float, float]]:
-    """Groups that tell how a scale works: (amax, that of the tensor or of the steps before)."""
+    """Groups that tell how a scale works: (amax, that of the tensor or of the steps before), float32 numbers."""
     fmt = groups.block_format(rule)
     if fmt.scale_format:
         share = groups.zero_below(rule) or 2.0**-20
-        parts = [1.0, 2.0**-4, 2.0**-8, 2.0**-12, 2.0**-16, 2 * share, share]
-        return [(amax * part, amax) for part in sorted(set(parts), reverse=True)]
-    if fmt.scaling.kind == DELAYED:
-        return [(amax * part, amax) for part in (0.25, 0.5, 1.0, 1.5, 2.0)]
-    if fmt.scaling.kind in ("float32", groups.EXPAND):
-        return [(amax, amax)]
-    return [(amax * part, amax * part) for part in (1.0, 1.25, 1.5, 1.75, 1.9921875)]
+        parts = sorted({1.0, 2.0**-4, 2.0**-8, 2.0**-12, 2.0**-16, 2 * share, share}, reverse=True)
+    elif fmt.scaling.kind == DELAYED:
+        parts = [0.25, 0.5, 1.0, 1.5, 2.0]
+    elif fmt.scaling.kind in ("float32", groups.EXPAND):
+        parts = [1.0]
+    else:
+        parts = [1.0, 1.25, 1.5, 1.75, 1.9921875]
+    is_beside = fmt.scale_format or fmt.scaling.kind == DELAYED
+    there = [amax * part for part in parts if groups.SMALLEST <= amax * part <= groups.LARGEST]
+    return [(one, amax if is_beside else one) for one in there]
 
 
 def group_rows(rule: Rule, amax: float) -> list[Row]:

@@ -24,7 +24,7 @@ from low_precision.rules import Rule
 from low_precision.scales import DELAYED
 from low_precision.tensor import quantize
 
-LARGEST = torch.finfo(torch.float32).max
+SMALLEST, LARGEST = 2.0**-149, torch.finfo(torch.float32).max  # float32's
 EXPAND, QUEST, HEADROOM = "expand", "quest", "headroom"
 EXPANDED = 2.0**8  # of a group that is raised to a power, how many times its smallest magnitude the largest is
 _SAMPLES = 2**15
@@ -87,7 +87,7 @@ def group(rule: Rule, amax: float, beside: float | None = None) -> Group:
     SettingError for an amax that is no float32 number above zero.
     """
     fmt = block_format(rule)
-    if not 2.0**-149 <= amax <= LARGEST:
+    if not SMALLEST <= amax <= LARGEST:
         raise SettingError("amax", shown(amax), "a float32 number above 0")
     beside = amax if beside is None else beside
     if fmt.scaling.kind == EXPAND:
@@ -252,7 +252,7 @@ def reach(rule: Rule) -> tuple[float, float] | None:
         for exponent in range(-149, 128):
             beside = math.ldexp(1.0, exponent)
             amax = beside * part
-            value = _decoder(fmt, amax, beside)[0]([element])[0] if amax >= 2.0**-149 else 0.0
+            value = _decoder(fmt, amax, beside)[0]([element])[0] if amax >= SMALLEST else 0.0
             is_reached = fmt.scaling.kind == QUEST or rounded(nearest, [max(amax, value), value], beside)[1] == value
             if value > 0 and is_reached:
                 smallest = min(smallest, value)

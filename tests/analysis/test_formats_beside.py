@@ -10,7 +10,7 @@ from run_helpers import ROOT
 
 import report
 from analysis import format_data, format_page
-from low_precision import facts, format_text
+from low_precision import facts, format_text, group_facts
 from low_precision.formats import format_named
 from low_precision.rules import rule_of
 
@@ -187,3 +187,14 @@ def test_the_page_needs_nothing(capsys, tmp_path):
     assert "<title>&lt;b&gt;A &amp; B&lt;/b&gt;</title>" in page
     assert "default-src 'none'" in page
     assert math.log10(len(page)) < 6.6  # of which plotly's script is two million
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "float4_e2m1fn@16@binary8p1ue", "tf32@8@e8m0", "int8@row"])
+@pytest.mark.parametrize("amax", ["3e38", "1.4e-45", "1"])
+def test_groups_at_the_ends_of_float32(capsys, name, amax):
+    """Groups beside the one that was asked for are left out where float32 has no such numbers."""
+    text = text_of(capsys, "--formats", f"{name},{name}", "--amax", amax)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "smallest above 0" in text_of(capsys, "--formats", name, "--amax", amax)
+    data = format_page.page_data([rule_of(name)], group_facts.float32(float(amax)))
+    assert len(data["amaxes"]) == len(data["formats"][0]["shown"]) == (1 if amax == "3e38" else 5)
