@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab.console import command, say, show, warnings_in_a_line
+from lab.console import command, say, warnings_in_a_line
 from lab.record import REPLACING, status
 from lab.resume import RunEnded, offer, to_resume
 from low_precision import formats
@@ -23,6 +23,7 @@ from settings import recipes
 from settings.config import Config, ConfigError, flag
 from settings.flags import parser
 from settings.recipes import with_recipe
+from settings.stdout import show
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from low_precision.rules import rule_of
 from low_precision.scheme import Scheme
 from low_precision.watcher import Watcher, watch
 from settings.config import Config, ConfigError
+from settings.stdout import show
 
 __all__ = ["RunRounding", "quantize", "quantize_model", "quantize_optimizer", "round_run"]
 
@@ -138,11 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("the following arguments are required: FORMAT[:ROUNDING] NUMBER ..., or --show FORMAT[:ROUNDING]")
     try:
         if arguments.show is not None:
-            print(_shown(arguments))
+            show(_shown(arguments))
             return 0
         if arguments.amax is not None:
             raise SettingError("--amax", shown(arguments.amax), "with --show alone")
-        print(table(arguments.format, [_number(text) for text in arguments.numbers], _key(arguments.key.strip())))
+        show(table(arguments.format, [_number(text) for text in arguments.numbers], _key(arguments.key.strip())))
     except SettingError as error:
         print(f"quant.py: error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ from low_precision.errors import nearest, shown
 from low_precision.rules import rule_of
 from settings.config import ConfigError
 from settings.flags import Parser
+from settings.stdout import show
 
 ROOT = Path(__file__).resolve().parent
 BLOCK = re.compile(r"^(<!-- report\.py ([^\n]*?) -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)  # of a page
@@ -205,7 +206,7 @@ def _metric(runs: Sequence[Run], name: str | None) -> str:
 def _report(asked: Asked) -> None:
     """Everything that the arguments ask for, but the pages' blocks: the records are read once."""
     if not any((asked.save, asked.figure, asked.map, asked.output, asked.html)):
-        print(_table_of(asked.paths, asked), end="")
+        show(_table_of(asked.paths, asked).removesuffix("\n"))
         return
     runs = _runs(asked.paths, unfinished=asked.html is not None)
     metric, epochs = _metric(runs, asked.metric), asked.epochs
@@ -220,7 +221,7 @@ def _report(asked: Asked) -> None:
     if asked.map and not mapped:
         raise ConfigError("--map", "no run in a format eXmY with a value there", "at least one")
     text = tables.markdown(tables.table(runs, metric, epochs or (None,)))
-    print(text, end="")
+    show(text.removesuffix("\n"))
     if asked.save:
         records.save(runs, asked.save, epochs)
     if asked.output:
@@ -241,7 +242,7 @@ def _formats(text: str, asked: Asked) -> None:
 
     rules = [rule_of(word.strip()) for word in text.split(",")]
     amax = format_pages.amax_of(asked.amax)
-    print(format_pages.beside(rules, amax) if len(rules) > 1 else format_pages.describe(rules[0], amax))
+    show(format_pages.beside(rules, amax) if len(rules) > 1 else format_pages.describe(rules[0], amax))
     if asked.figure:
         from analysis import format_figure
 

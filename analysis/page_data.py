@@ -30,9 +30,7 @@ from analysis.runs import (
 from analysis.tables import Summary, band, interval, is_percent, summary
 from analysis.watched import (
     FEWEST_STEPS,
-    LAYERS,
     MOST_STEPS,
-    SHADOW,
     Size,
     digits,
     picked,
@@ -40,6 +38,7 @@ from analysis.watched import (
     size_of,
     statistic,
 )
+from lab.step_lines import LAYERS, SHADOW
 from settings.config import Config, flag
 from settings.flags import REPEATABLE, flags_of
 

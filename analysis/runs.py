@@ -21,7 +21,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lab.record import REPLACING, summary_of, write_whole
+from lab.files import write_whole
+from lab.record import REPLACING, summary_of
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
 from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, effective, in_order, is_there, site_line

@@ -19,7 +19,6 @@ from low_precision.formats import BlockFormat
 from low_precision.rules import OPERANDS, SITES, rule_of
 from low_precision.tables import Table
 
-LAYERS, SHADOW = "layers.jsonl", "shadow.jsonl"
 MOST_STEPS, FEWEST_STEPS = 120, 20  # columns of a matrix
 HISTOGRAMS = 12  # steps of which the exponents are kept
 KEYS = ("step", "layer", "site", "rule", "also")  # the fields of a line that are no statistic

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lab.record import CHECKPOINTS, read
+from lab.files import read
+from lab.record import CHECKPOINTS
 from settings.kinds import epochs_or_seconds
 
 _COMMENT = 7 + 64  # bytes: "sha256:" and 64 hex digits

@@ -32,14 +32,6 @@ def say(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else Python fails at its end, with what could not be said
 
 
-def show(text: str) -> None:
-    """What was asked for, on stdout; whoever reads it may stop when that is enough (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at its end
-
-
 @contextlib.contextmanager
 def warnings_in_a_line() -> Iterator[None]:
     """Inside, what the library warns of is one line on stderr, without the place in its code."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import low_precision
-from lab.record import write_whole
+from lab.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(low_precision.__file__).resolve().parent  # it may be installed elsewhere
@@ -32,7 +32,7 @@ SURROUNDING = {
         *("advice", "checkpoint", "console", "files", "fingerprint", "interrupt", "layers", "record", "remarks"),
         *("resume", "session", "shadow", "step_lines", "wandb_run"),
     ),
-    "settings": ("errors", "flags", "kinds", "qtorch", "recipes"),
+    "settings": ("errors", "flags", "kinds", "qtorch", "recipes", "stdout"),
     "low_precision": (
         *("apart", "facts", "format_pages", "format_text", "group_facts", "losses", "losses_report", "recipe"),
         *("recipes", "tried", "watcher", "what_if"),

@@ -109,7 +109,6 @@ class Processes:
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        digests: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(digests, digest.hexdigest())
+        digests = self.everywhere(digest.hexdigest())
         if different := [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]:
             raise RuntimeError(f"process {different[0]} of {self.count} has other weights than the first one")

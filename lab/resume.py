@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lab.console import command, say
-from lab.record import read, siblings, unfinished
+from lab.files import read
+from lab.record import siblings, unfinished
 from low_precision.errors import shown
 from settings.config import Config, ConfigError
 from settings.flags import RESUMABLE

@@ -84,35 +84,32 @@ class State:
     def save(self, seconds: float) -> dict[str, Any]:
         """seconds: of this run so far, since it was last resumed."""
         pending = self.losses.pending
-        shadow = {"shadow": self.shadow.state_dict()} if self.shadow else {}
-        return (
-            shadow
-            | {
-                "version": VERSION,
-                "config": self.config.as_dict(),
-                "command": self.command,
-                "code": self.code,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "step": self.step,
-                "diverged_step": self.diverged_step,
-                "metrics": self.history,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict() if self.schedule else None,
-                "train": self.metrics.state_dict(),
-                "average": self.average.state_dict() if self.average else None,
-                "pending": torch.stack(pending) if pending else None,
-                "first_loss": None if self.losses.first is None else float(self.losses.first),
-                "second_moments": self.second_moments.state_dict(),
-                "augmentation": self.noise.get_state(),
-                "torch_rng": torch.get_rng_state(),
-                "seconds": self.seconds + seconds,
-                "resumed": self.resumed,
-                "wandb_id": self.wandb_id,
-            }
-            | ({"watch": self.watcher.state_dict()} if self.watcher else {})
-        )
+        saved = {
+            "version": VERSION,
+            "config": self.config.as_dict(),
+            "command": self.command,
+            "code": self.code,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "diverged_step": self.diverged_step,
+            "metrics": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "train": self.metrics.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "pending": torch.stack(pending) if pending else None,
+            "first_loss": None if self.losses.first is None else float(self.losses.first),
+            "second_moments": self.second_moments.state_dict(),
+            "augmentation": self.noise.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "seconds": self.seconds + seconds,
+            "resumed": self.resumed,
+            "wandb_id": self.wandb_id,
+        }
+        saved |= {"shadow": self.shadow.state_dict()} if self.shadow else {}
+        return saved | ({"watch": self.watcher.state_dict()} if self.watcher else {})
 
     def load(self, saved: dict[str, Any], steps: int, path: Path) -> None:
         """Go on from what `save` gave. steps: of an epoch. path: of the checkpoint, for errors.

@@ -11,7 +11,8 @@ import threading
 import pytest
 from run_helpers import ROOT, names, strict_json
 
-from lab.record import Record, write_whole
+from lab.files import write_whole
+from lab.record import Record
 
 NAME = "boston-float8-nearest-42-1a2b3c4d"
 

@@ -370,12 +370,23 @@ def test_a_tiny_cifar10_from_the_command_line(cli, tmp_path):
     assert again.summary["training_loss"] < again.metrics[0]["training_loss"]
 
 
-def test_whoever_reads_a_table_may_stop(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("main.py", "--list-recipes"),
+        ("quant.py", "float8", "0.3"),
+        ("quant.py", "--show", "float8"),
+        ("report.py", "--formats", "float8,mxfp4"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_printed_may_be_read_in_part(tmp_path, words):
     """`python main.py --list-recipes | head`"""
+    script, *arguments = words
     read, write = os.pipe()
     os.close(read)
     ran = subprocess.run(
-        [sys.executable, ROOT / "main.py", "--list-recipes"], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path
+        [sys.executable, ROOT / script, *arguments], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path
     )
     os.close(write)
     assert (ran.returncode, ran.stderr) == (0, b"")
