@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from low_precision.errors import SettingError, nearest, shown
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -20,13 +22,16 @@ BOSTON = Path(__file__).parent / "sources" / "boston.csv"
 
 @dataclass(frozen=True)
 class DataSet:
-    """A row of the table. `rows`: () -> features float64 (n, d), targets float64 (n,) or classes int64 (n,)."""
+    """A row of the table. `rows`: () -> features float64 (n, d), targets float64 (n,) or classes int64 (n,).
+
+    task, samples, shape and outputs are None where only loading tells; those of `Data.spec` never are.
+    """
 
     rows: Callable[[], tuple[np.ndarray, np.ndarray]] | None
-    task: str  # "regression" or "classification"
-    samples: int
-    shape: tuple[int, ...]  # of one sample, as the model reads it
-    outputs: int  # of the model: 1, or the number of classes
+    task: str | None  # "regression" or "classification"
+    samples: int | None
+    shape: tuple[int, ...] | None  # of one sample, as the model reads it
+    outputs: int | None  # of the model: 1, or the number of classes
     model: str  # where --model is not given
     own_split: str | None = None  # for a set that comes split
 
@@ -35,7 +40,7 @@ class DataSet:
         """How samples lie in memory: images pixel by pixel, in which convolutions run faster."""
         import torch
 
-        return torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
+        return torch.channels_last if len(self.shape or ()) == 3 else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Data:
     Features are float32, scaled; or uint8 images, a quarter of that in memory, each batch of which `features` scales.
     """
 
+    spec: DataSet  # with nothing left open
     train_x: torch.Tensor
     train_y: torch.Tensor
     test_x: torch.Tensor
@@ -118,10 +124,17 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
+def spec_of(name: str) -> DataSet:
+    """The row of that name. SettingError for a name that is not known."""
+    if name in DATASETS:
+        return DATASETS[name]
+    raise SettingError("dataset", shown(name), ", ".join(DATASETS), nearest(name, DATASETS))
+
+
 @cache
 def _rows(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Kept, as a sweep loads the same set once for each run; nobody writes to it."""
-    return DATASETS[name].rows()
+    return spec_of(name).rows()
 
 
 def load(
@@ -139,7 +152,7 @@ def load(
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import StandardScaler
 
-    spec = DATASETS[name]
+    spec = spec_of(name)
     x, y = _rows(name)
     if spec.task == "regression":
         y = y[:, None]
@@ -159,7 +172,7 @@ def load(
         tensor = torch.from_numpy(rows)
         return tensor.float() if spec.task == "regression" else tensor.long()
 
-    return Data(features(train_x), targets(train_y), features(test_x), targets(test_y), deviation)
+    return Data(spec, features(train_x), targets(train_y), features(test_x), targets(test_y), deviation)
 
 
 def _cifar10(scale_on: str, data_dir: str | None) -> Data:
@@ -177,7 +190,7 @@ def _cifar10(scale_on: str, data_dir: str | None) -> Data:
     deviation[deviation == 0] = 1.0  # as StandardScaler does
 
     shift, scale = (t.float().view(1, 3, 1, 1) for t in (mean, deviation))
-    return Data(train_x, train_y, test_x, test_y, image_scale=(shift, scale))
+    return Data(DATASETS["cifar10"], train_x, train_y, test_x, test_y, image_scale=(shift, scale))
 
 
 def augment(

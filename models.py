@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,12 @@ def resnet20(shape: tuple[int, ...], outputs: int) -> nn.Module:
 MODELS = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet20": resnet20}
 
 
-def build(name: str, shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
-    """A model for samples of that shape; its initial weights depend on the seed alone."""
+def build(
+    name: str, shape: tuple[int, ...], outputs: int, seed: int, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A model for samples of that shape; its initial weights depend on the seed alone.
+
+    options: keyword parameters of the function in `MODELS`.
+    """
     torch.manual_seed(seed)
-    return MODELS[name](shape, outputs)
+    return MODELS[name](shape, outputs, **(options or {}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import data
 import models
 import quant
-from data import DATASETS, Data
+from data import Data
 from lab import optimizers
 from lab.average import Average
 from lab.batches import Batch, Batches
@@ -40,23 +40,24 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
     """
     started, config, code = time.monotonic(), config.resolved(), fingerprint()
     with Processes(device_of(config.device)) as processes:
-        spec = DATASETS[config.dataset]
-        task, layout, device = TASKS[spec.task], spec.layout, processes.device
+        rows = (config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
+        split = processes.first_before_others(lambda: data.load(*rows))
+        spec, device = split.spec, processes.device
+        task, layout = TASKS[spec.task], spec.layout
+        split = split.to(device, layout)
         make_model = partial(models.build, config.model_name, spec.shape, spec.outputs, config.seed)
 
         model = make_model().to(device, memory_format=layout)
         plain = copy.deepcopy(model) if config.shadow else None  # before its weights are rounded
         optimizer = optimizers.build(config, model)
         rounding = quant.round_run(config, model, optimizer, processes.any_of if processes.count > 1 else None)
-        rows = (config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
-        split = processes.first_before_others(lambda: data.load(*rows)).to(device, layout)
         batches = Batches(config, split, processes)
         steps = config.epochs * batches.steps
         schedule = optimizers.schedule(config, optimizer, steps)
         average = Average(config, make_model().to(memory_format=layout)) if config.average_last else None
         shadow = Shadow(config, plain, steps, processes.wrap, config.watch or 1) if plain else None
         sums = TrainMetrics(task), Losses(device), average
-        state = State(config, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
+        state = State(config, spec, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
         session = Session(state, rounding, processes, batches.steps, resume, quiet or not processes.first, started)
         whole_model = processes.wrap(model)
 

@@ -143,7 +143,7 @@ def whole_stepper(name: str) -> Callable[[], None]:
     else:
         x, scale = torch.randn(50 * rows, *shape), None
     y = torch.randn(len(x), 1) if outputs == 1 else torch.randint(0, outputs, (len(x),))
-    split = data.Data(x, y, x, y, image_scale=scale)
+    split = data.Data(data.spec_of("cifar10" if len(shape) == 3 else "boston"), x, y, x, y, image_scale=scale)
     low = LowPrecision(model, Scheme({}))
     optimizer = low.attach(lean(torch.optim.SGD)(model.parameters(), lr=0.01, momentum=0.9))
     metrics, noise = TrainMetrics(task), torch.Generator().manual_seed(3)

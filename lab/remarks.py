@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from data import DATASETS
+from data import DataSet
 from lab.metrics import TASKS
 from low_precision.by_layer import shared_names
 from low_precision.formats import Format
@@ -125,9 +125,9 @@ def _stored(state: State) -> Iterator[tuple[str, Format, Tensor]]:
                 yield site, rule.format, tensor
 
 
-def sentences(config: Config, summary: dict[str, Any]) -> list[str]:
+def sentences(config: Config, summary: dict[str, Any], spec: DataSet) -> list[str]:
     """What a person should know of a run that ended by itself, from its summary; nothing of a healthy one."""
-    return [*_of_moments(summary), *(_of_loss(config, summary) if summary["status"] == "complete" else [])]
+    return [*_of_moments(summary), *(_of_loss(config, summary, spec) if summary["status"] == "complete" else [])]
 
 
 def _of_moments(summary: dict[str, Any]) -> Iterator[str]:
@@ -140,8 +140,7 @@ def _of_moments(summary: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _of_loss(config: Config, summary: dict[str, Any]) -> Iterator[str]:
-    spec = DATASETS[config.dataset]
+def _of_loss(config: Config, summary: dict[str, Any], spec: DataSet) -> Iterator[str]:
     task, rules = TASKS[spec.task], config.rules()
     first, constant = summary.get("first_loss"), task.loss_of_constant(spec.outputs)
     losses = [summary.get(f"{phase}_{task.loss_metric}") for phase in ("training", "testing")]

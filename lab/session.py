@@ -246,7 +246,7 @@ class Session:
             summary["transform"] = {product: str(transform) for product, transform in transforms.items()}
         if status in REPLACING:
             summary |= remarks.measured(state)
-            if said := remarks.sentences(state.config, summary):
+            if said := remarks.sentences(state.config, summary, state.spec):
                 summary["remarks"] = said
             if state.watcher and (advised := advice(state.config, self._record.lines_before(LAYERS))):
                 summary["advice"] = advised

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import DataSet
 from lab.average import Average
 from lab.checkpoint import CheckpointError, first_line
 from lab.fingerprint import LENGTH, UNKNOWN
@@ -31,6 +32,7 @@ class State:
     """All that moves while a run trains. Data order and rounding noise need nothing: seed, epoch and step say them."""
 
     config: Config
+    spec: DataSet  # of what it learns from, as loaded
     model: nn.Module
     optimizer: torch.optim.Optimizer  # its state_dict holds the accumulator and the loss scale too
     schedule: Schedule | None

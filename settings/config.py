@@ -12,7 +12,7 @@ import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from data import DATASETS
+from data import spec_of
 from low_precision.errors import SettingError, nearest
 from low_precision.formats import FLOAT32, Format, digest_of_file, format_named
 from low_precision.rounding import Overflow, is_random, overflow_named, rounding_named
@@ -71,7 +71,7 @@ def _setting(default: Any, group: str, kind: Kind, text: str, *, default_text: s
 class Config:
     """One run. The constructor takes values; `make` takes flags' texts too. ConfigError for what is not allowed."""
 
-    dataset: str = _setting("toy", "data", kinds.one_of(*DATASETS), "data set")
+    dataset: str = _setting("toy", "data", kinds.DATASET, "data set")
     test_split: float = _setting(
         0.2,
         "data",
@@ -232,13 +232,13 @@ class Config:
 
     def _check_together(self) -> None:
         """What single fields cannot say."""
-        spec = DATASETS[self.dataset]
+        spec = spec_of(self.dataset)
         if spec.own_split and self.test_split != Config.test_split:
             raise refused("test_split", self.test_split, f"{self.dataset} has its own split ({spec.own_split})")
-        if not spec.own_split and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
+        if not spec.own_split and spec.samples and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
             rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
             raise refused("test_split", self.test_split, rows)
-        if self.model_name in IMAGE_MODELS and len(spec.shape) != 3:
+        if self.model_name in IMAGE_MODELS and spec.shape and len(spec.shape) != 3:
             known = ", ".join(name for name in MODEL_NAMES if name not in IMAGE_MODELS)
             raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
         if self.momentum and self.optimizer != "sgd":
@@ -305,7 +305,7 @@ class Config:
 
     @property
     def model_name(self) -> str:
-        return self.model or DATASETS[self.dataset].model
+        return self.model or spec_of(self.dataset).model
 
     @property
     def noise_seed(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from data import DATASETS, spec_of
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.recipe import is_recipe_name
@@ -99,6 +100,15 @@ def switch(value: Any) -> bool:
     if isinstance(value, bool | str) and value in known:
         return known[value]
     raise ValueError
+
+
+def dataset_name(value: Any) -> str:
+    """A data set's name."""
+    try:
+        spec_of(text(value))
+    except SettingError as error:
+        raise SettingError(None, error.value, error.allowed, error.nearest) from None
+    return value
 
 
 def folder(value: Any) -> str:
@@ -217,6 +227,7 @@ SEED = whole(0, 2**32 - 1)
 POSITIVE = number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
 NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
 FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
+DATASET = Kind(", ".join(DATASETS), dataset_name)
 FORMAT = Kind(FORMAT_NAMES, format_name)
 ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
 TRANSFORM = Kind(transforms_allowed, transforms)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data import spec_of
 from lab.remarks import SecondMoments, sentences, vanished
 from settings.config import Config
 
@@ -87,7 +88,11 @@ def of_loss(first, training, testing, saturated=None, **settings) -> list[str]:
     config = Config.make(**{"dataset": "boston", "precision": "float8"} | settings)
     name = "loss" if config.dataset == "digits" else "mse"
     losses = {f"training_{name}": training, f"testing_{name}": testing}
-    return sentences(config, {"status": "complete", "first_loss": first, **losses, "saturated": saturated or {}})
+    return sentences(
+        config,
+        {"status": "complete", "first_loss": first, **losses, "saturated": saturated or {}},
+        spec_of(config.dataset),
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_a_wider_format_is_advice_only_where_one_is_rounded_to():
 @pytest.mark.parametrize("status", ["complete", "diverged"])
 def test_when_moments_are_told(share, told, status):
     vanished = {"exp_avg_sq": {"share": share, "step": 2, "at_the_end": 0.0}}
-    assert bool(sentences(Config(), {"status": status, "vanished": vanished})) == told
+    assert bool(sentences(Config(), {"status": status, "vanished": vanished}, spec_of("toy"))) == told
 
 
 def adam(first: list[float], second: list[float], eps: float = 1e-8) -> torch.optim.Optimizer:
