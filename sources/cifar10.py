@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sources.download import Remote, download, folder_of, locked
+
 
 @dataclass(frozen=True)
-class Archive:
+class Archive(Remote):
     """One packing of the data set: where it comes from, and what its files are called once unpacked."""
 
-    name: str
-    checksum: str  # "algorithm:hex", as pooch writes it
-    urls: tuple[str, ...]  # the official address first, then mirrors, in the order in which they are tried
     folder: str = "cifar-10-batches-bin"  # inside the archive, and beside it
     suffix: str = ".bin"  # of its six files; without one they are in the python layout
 
@@ -66,11 +65,7 @@ def load(
     Errors, each with one line: FileNotFoundError for an incomplete set, ValueError for a malformed, forbidden or
     corrupted file, ConnectionError when no address delivered, OSError from the file system.
     """
-    if data_dir is None:
-        import pooch
-
-        data_dir = pooch.os_cache("low_precision_ml")
-    data_dir = Path(data_dir).expanduser()
+    data_dir = folder_of(data_dir)
     paths = _find(data_dir, archive)[0] or _fetch(data_dir, archive, progress)
     labels, pixels = zip(*map(_read, paths), strict=True)
     y_train, y_test = np.concatenate(labels[:5]), labels[5]
@@ -96,12 +91,7 @@ def _find(data_dir: Path, archive: Archive) -> tuple[list[Path], str]:
 
 def _fetch(data_dir: Path, archive: Archive, progress: bool) -> list[Path]:
     """The six files, unpacked from an archive in `data_dir`, which is downloaded unless there is one."""
-    from filelock import FileLock
-
-    data_dir.mkdir(parents=True, exist_ok=True)
-    lock = data_dir / f"{archive.name}.lock"
-    lock.touch()  # OSError where no file can be made; FileLock would try for ever in a folder like /proc
-    with FileLock(lock):  # of runs that start together, one downloads and the others wait
+    with locked(data_dir, archive.name):
         paths, incomplete = _find(data_dir, archive)
         if paths:
             return paths
@@ -110,7 +100,7 @@ def _fetch(data_dir: Path, archive: Archive, progress: bool) -> list[Path]:
                 return _unpack(data_dir, layout)
         if incomplete:
             raise FileNotFoundError(f"{incomplete}; add what is missing, or remove the others to download them all")
-        _download(data_dir, archive, progress)
+        download(data_dir, archive, progress)
         return _unpack(data_dir, archive)
 
 
@@ -145,55 +135,6 @@ def _unpack(data_dir: Path, layout: Archive) -> list[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return [target / name for name in staged.values()]
-
-
-def _download(data_dir: Path, archive: Archive, progress: bool) -> None:
-    """Download `archive` into `data_dir`, from the first of its addresses that delivers what has its checksum.
-
-    What has arrived waits in a part file for the rest, from any address, in this run or a later one. The whole gets the
-    archive's name if its checksum is right, and is deleted if not.
-    """
-    import pooch
-    from requests import HTTPError, RequestException
-
-    part = data_dir / f"{archive.name}.part"
-
-    def continue_part(url: str, output: str, _pooch: object) -> None:
-        with open(part, "ab") as file:
-
-            def start_anew(response, **_) -> None:
-                if response.status_code == 200:  # the whole file, whatever was asked for
-                    file.truncate(0)
-
-            downloader = pooch.HTTPDownloader(
-                progressbar=progress and sys.stderr.isatty(),
-                chunk_size=1 << 14,  # bytes: the most that an interruption loses
-                headers={"Accept-Encoding": "identity"} | ({"Range": f"bytes={file.tell()}-"} if file.tell() else {}),
-                hooks={"response": start_anew},
-            )
-            try:
-                downloader(url, file, None)
-            except HTTPError as error:
-                if error.response.status_code != 416:  # 416: nothing comes after the part; the checksum decides
-                    raise
-        os.replace(part, output)
-
-    failures = []
-    for url in archive.urls:
-        for _ in range(2):
-            continued = part.exists() and part.stat().st_size > 0
-            try:
-                pooch.retrieve(url, archive.checksum, fname=archive.name, path=data_dir, downloader=continue_part)
-                return
-            except RequestException as error:
-                failures.append(f"{url}: {getattr(error.response, 'status_code', type(error).__name__)}")
-                break
-            except ValueError:  # pooch's. The part is gone: it may have been bad before this address continued it
-                failures.append(f"{url}: wrong checksum")
-                if not continued:
-                    break
-    advice = "run again to continue, or put the file into a folder and name that with --data-dir"
-    raise ConnectionError(f"{archive.name} could not be downloaded ({', '.join(failures)}); {advice}")
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
