@@ -5,18 +5,21 @@ Nothing heavy is imported before a set is loaded: the command line reads the tab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from low_precision.errors import SettingError, nearest, shown
+from sources.named_file import FORMS, NamedFile, named_file
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+TEST_SPLIT = 0.2  # share of the rows kept for testing, where nothing else is said
 BOSTON = Path(__file__).parent / "sources" / "boston.csv"
 
 
@@ -24,16 +27,19 @@ BOSTON = Path(__file__).parent / "sources" / "boston.csv"
 class DataSet:
     """A row of the table. `rows`: () -> features float64 (n, d), targets float64 (n,) or classes int64 (n,).
 
+    `rows` may also give a set that comes split, as `downloaded` does: training and test features and targets.
     task, samples, shape and outputs are None where only loading tells; those of `Data.spec` never are.
     """
 
-    rows: Callable[[], tuple[np.ndarray, np.ndarray]] | None
+    rows: Callable[[], tuple[np.ndarray, ...]] | None
     task: str | None  # "regression" or "classification"
     samples: int | None
     shape: tuple[int, ...] | None  # of one sample, as the model reads it
     outputs: int | None  # of the model: 1, or the number of classes
     model: str  # where --model is not given
     own_split: str | None = None  # for a set that comes split
+    downloaded: Callable[[str | None], tuple[np.ndarray, ...]] | None = None  # in place of `rows`: from --data-dir
+    augmented: bool = False  # images, which training moves and mirrors
 
     @property
     def layout(self) -> torch.memory_format:
@@ -68,11 +74,11 @@ class Data:
     ) -> torch.Tensor:
         """What the model reads of this part of these rows of train_x or test_x: float32, on their device.
 
-        noise: for training; images are cropped and flipped with it, the same whatever the part.
+        noise: for training; images are moved and mirrored with it where the row says so, the same whatever the part.
         """
         if self.image_scale is None:
             return rows[part]
-        images = rows[part] if noise is None else augment(rows, noise, part=part)
+        images = augment(rows, noise, part=part) if noise and self.spec.augmented else rows[part]
         mean, deviation = (t.to(rows.device) for t in self.image_scale)
         return images.float().sub_(mean).div_(deviation)
 
@@ -114,83 +120,166 @@ def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
     return load_breast_cancer(return_X_y=True)
 
 
+def cifar10(data_dir: str | None) -> tuple[np.ndarray, ...]:
+    """Krizhevsky 2009: 32x32 images in colour, of animals and vehicles."""
+    from sources import cifar10
+
+    return cifar10.load(data_dir)
+
+
+def fashion_mnist(data_dir: str | None) -> tuple[np.ndarray, ...]:
+    """Xiao, Rasul and Vollgraf 2017: 28x28 images of clothes, in the sizes of MNIST."""
+    from sources import fashion_mnist
+
+    return fashion_mnist.load(data_dir)
+
+
 DATASETS: dict[str, DataSet] = {
     "toy": DataSet(toy, "regression", 11, (1,), 1, "linear"),
     "boston": DataSet(boston, "regression", 506, (13,), 1, "linear"),
     "diabetes": DataSet(diabetes, "regression", 442, (10,), 1, "linear"),
     "digits": DataSet(digits, "classification", 1797, (1, 8, 8), 10, "cnn"),
     "breast_cancer": DataSet(breast_cancer, "classification", 569, (30,), 2, "mlp"),
-    "cifar10": DataSet(None, "classification", 60000, (3, 32, 32), 10, "resnet20", own_split="50,000 + 10,000"),
+    "cifar10": DataSet(
+        *(None, "classification", 60000, (3, 32, 32), 10, "resnet20"),
+        own_split="50,000 + 10,000",
+        downloaded=cifar10,
+        augmented=True,
+    ),
+    "fashion_mnist": DataSet(
+        None, "classification", 70000, (1, 28, 28), 10, "cnn", own_split="60,000 + 10,000", downloaded=fashion_mnist
+    ),
 }
 
 
 def spec_of(name: str) -> DataSet:
-    """The row of that name. SettingError for a name that is not known."""
+    """The row of that name, or of the file: FILE.csv:TARGET[:classes], FILE.py:FUNCTION.
+
+    SettingError for a name that is not known. No file is read before its rows are asked for.
+    """
     if name in DATASETS:
         return DATASETS[name]
-    raise SettingError("dataset", shown(name), ", ".join(DATASETS), nearest(name, DATASETS))
+    file = named_file(name)
+    if file is None or file.suffix not in _READERS:
+        forms = ", ".join(FORMS[suffix] for suffix in _READERS)
+        raise SettingError("dataset", shown(name), f"{', '.join(DATASETS)}, {forms}", nearest(name, DATASETS))
+    return DataSet(partial(_READERS[file.suffix], file), None, None, None, None, "mlp")
+
+
+def _from_csv(file: NamedFile) -> tuple[np.ndarray, ...]:
+    from sources import csv_file
+
+    return csv_file.read(file.path, file.part, file.as_classes)
+
+
+def _from_function(file: NamedFile) -> tuple[np.ndarray, ...]:
+    """What the function gives, with the global random numbers of Python, numpy and torch at their seeds 0."""
+    import random
+
+    import numpy as np
+    import torch
+
+    from sources import python_file
+
+    function = python_file.function_named("dataset", str(file))
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the generator that many functions draw from
+    torch.manual_seed(0)
+    return python_file.call("dataset", str(file), function)
+
+
+_READERS = {".csv": _from_csv, ".py": _from_function}
 
 
 @cache
-def _rows(name: str) -> tuple[np.ndarray, np.ndarray]:
+def _rows(rows: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     """Kept, as a sweep loads the same set once for each run; nobody writes to it."""
-    return spec_of(name).rows()
+    return rows()
 
 
 def load(
-    name: str, test_split: float = 0.2, seed: int = 42, scale_on: str = "train", data_dir: str | None = None
+    name: str,
+    test_split: float = TEST_SPLIT,
+    seed: int = 42,
+    scale_on: str = "train",
+    data_dir: str | None = None,
 ) -> Data:
     """The set of that name, its features and regression targets standardized: mean 0, deviation 1.
 
-    The scalers are fitted on the training rows, or with scale_on "all" on every row before the split. CIFAR-10 comes
-    split, as uint8, and each of its channels is scaled as a whole. Raises what reading, or for cifar10 downloading,
-    raises.
+    The scalers are fitted on the training rows, or with scale_on "all" on every row before the split. Images of bytes
+    stay uint8, and each of their channels is scaled as a whole; other features that are whole numbers stay int64, as
+    models read them that look them up. Raises SettingError for what is wrong in a file or a row of the table, and what
+    reading or downloading raises.
     """
-    if name == "cifar10":
-        return _cifar10(scale_on, data_dir)
+    import numpy as np
     import torch
-    from sklearn.model_selection import train_test_split
-    from sklearn.preprocessing import StandardScaler
+
+    from sources import scaling
+    from sources.arrays import checked
 
     spec = spec_of(name)
-    x, y = _rows(name)
+    if spec.downloaded:
+        arrays = spec.downloaded(data_dir)
+    else:
+        arrays = checked(name, _rows(spec.rows) if name in DATASETS else spec.rows())
+    spec = _completed(name, spec, arrays)
+    train_x, train_y, test_x, test_y = _split(name, spec, arrays, test_split, seed)
+    # The rows on which the scalers are fitted: all of them in the order of the set, as the last bits depend on it.
+    everywhere = scale_on == "all"
+    deviation, image_scale = 1.0, None
+    if train_x.dtype == np.uint8:
+        image_scale = scaling.of_images(list(arrays[::2]) if everywhere else [train_x])
+    elif train_x.dtype.kind == "f":
+        fitted = np.concatenate(arrays[::2]) if everywhere else train_x
+        (train_x, test_x), _ = scaling.standardized(fitted, train_x, test_x)
     if spec.task == "regression":
-        y = y[:, None]
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=test_split, random_state=seed)
-    scaler = StandardScaler().fit(x if scale_on == "all" else train_x)
-    train_x, test_x = scaler.transform(train_x), scaler.transform(test_x)
-    deviation = 1.0
-    if spec.task == "regression":
-        scaler = StandardScaler().fit(y if scale_on == "all" else train_y)
-        train_y, test_y = scaler.transform(train_y), scaler.transform(test_y)
-        deviation = float(scaler.scale_[0])
+        fitted = np.concatenate(arrays[1::2]) if everywhere else train_y
+        (train_y, test_y), deviation = scaling.standardized(fitted, train_y, test_y)
 
     def features(rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(rows).float().reshape(-1, *spec.shape)
+        tensor = torch.from_numpy(rows)
+        return (tensor.float() if tensor.is_floating_point() else tensor).reshape(-1, *spec.shape)
 
     def targets(rows: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(rows)
         return tensor.float() if spec.task == "regression" else tensor.long()
 
-    return Data(spec, features(train_x), targets(train_y), features(test_x), targets(test_y), deviation)
+    split = features(train_x), targets(train_y), features(test_x), targets(test_y)
+    return Data(spec, *split, deviation, image_scale)
 
 
-def _cifar10(scale_on: str, data_dir: str | None) -> Data:
-    import torch
+def _completed(name: str, spec: DataSet, arrays: tuple[np.ndarray, ...]) -> DataSet:
+    """The row with nothing left open. SettingError where it says something else than its arrays."""
+    import numpy as np
 
-    from sources import cifar10
+    x, y = arrays[0], np.concatenate(arrays[1::2])
+    task = "regression" if y.dtype.kind == "f" else "classification"
+    outputs = 1 if task == "regression" else int(y.max()) + 1
+    open_fields = {"task": task, "samples": len(y), "shape": x.shape[1:], "outputs": outputs}
+    spec = replace(spec, **{field: value for field, value in open_fields.items() if getattr(spec, field) is None})
+    if len(arrays) == 4 and not spec.own_split:
+        spec = replace(spec, own_split=f"{len(arrays[1]):,} + {len(arrays[3]):,}")
+    if spec.task != task or math.prod(spec.shape) != math.prod(x.shape[1:]) or spec.outputs < outputs:
+        said = f"{name}, whose row says {spec.task} of {spec.shape} with {spec.outputs} outputs"
+        raise SettingError("dataset", said, f"what its arrays are: {task} of {x.shape[1:]} with {outputs}")
+    return spec
 
-    train_x, train_y, test_x, test_y = map(torch.from_numpy, cifar10.load(data_dir))
-    fitted = [train_x, test_x] if scale_on == "all" else [train_x]
-    # Counts of each byte value in each channel: mean and deviation exact, without a float64 copy of the set.
-    counts = sum(torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)]) for images in fitted)
-    share, value = counts.double() / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
-    mean = share @ value
-    deviation = (share @ value**2 - mean**2).sqrt()
-    deviation[deviation == 0] = 1.0  # as StandardScaler does
 
-    shift, scale = (t.float().view(1, 3, 1, 1) for t in (mean, deviation))
-    return Data(DATASETS["cifar10"], train_x, train_y, test_x, test_y, image_scale=(shift, scale))
+def _split(
+    name: str, spec: DataSet, arrays: tuple[np.ndarray, ...], test_split: float, seed: int
+) -> tuple[np.ndarray, ...]:
+    """Training features and targets, test features and targets. SettingError for a share that cannot be."""
+    if len(arrays) == 4:
+        if test_split != TEST_SPLIT:
+            raise SettingError("test_split", shown(test_split), f"{name} has its own split ({spec.own_split})")
+        return arrays
+    from sklearn.model_selection import train_test_split
+
+    rows = len(arrays[0])
+    if rows - math.ceil(test_split * rows) < 1:
+        raise SettingError("test_split", shown(test_split), f"what leaves a training row of the {rows} of {name}")
+    train_x, test_x, train_y, test_y = train_test_split(*arrays, test_size=test_split, random_state=seed)
+    return train_x, train_y, test_x, test_y
 
 
 def augment(

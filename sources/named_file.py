@@ -14,7 +14,7 @@ _LABEL = 40  # characters
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A name, taken apart. part: FUNCTION, or TARGET, or "" of a text; as_classes: whether :classes stands behind it."""
+    """A name, taken apart. part: FUNCTION, TARGET, or "" of a text; as_classes: whether :classes stands behind it."""
 
     path: Path
     suffix: str
@@ -22,7 +22,9 @@ class NamedFile:
     as_classes: bool = False
 
     def __str__(self) -> str:
-        return ":".join([str(self.path), *([self.part] if self.part else []), *(["classes"] if self.as_classes else [])])
+        return ":".join(
+            [str(self.path), *([self.part] if self.part else []), *(["classes"] if self.as_classes else [])]
+        )
 
     @property
     def label(self) -> str:

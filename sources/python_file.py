@@ -65,7 +65,10 @@ def options_of(function: Callable[..., Any]) -> set[str]:
 
 
 def place_of(error: BaseException) -> str | None:
-    """Where in the files that were run here the error was raised, or passed last: "FILE.py:12, in FUNCTION"; else None."""
+    """Where in the files that were run here an error was raised, or passed last: "FILE.py:12, in FUNCTION".
+
+    None where none of them has to do with it.
+    """
     files = set(map(str, _LOADED))
     folders = {str(path.parent) for path in _LOADED}
     for one in _chain(error):

@@ -27,7 +27,7 @@ def test_defaults_are_those_of_the_contract():
     assert (c.overflow, c.scale_on, c.backend, c.device) == ("saturate", "train", "auto", "auto")
     assert (c.output_dir, c.wandb, c.site, c.layers) == ("runs", "auto", (), None)
     assert c.quantize == ("weights", "inputs", "activations", "errors", "gradients", "momentum")
-    image = {"digits": "cnn", "cifar10": "resnet20"}
+    image = {"digits": "cnn", "cifar10": "resnet20", "fashion_mnist": "cnn"}
     regression = dict.fromkeys(("toy", "boston", "diabetes"), "linear")
     models = {name: Config(dataset=name).model_name for name in DATASETS}
     assert models == image | regression | {"breast_cancer": "mlp"}
