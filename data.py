@@ -6,7 +6,7 @@ Nothing heavy is imported before a set is loaded: the command line reads the tab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 TEST_SPLIT = 0.2  # share of the rows kept for testing, where nothing else is said
+CONTEXT = 64  # characters of a window of text, where nothing else is said
+OF_TEXT = "the last tenth is for testing"
 BOSTON = Path(__file__).parent / "sources" / "boston.csv"
 
 
@@ -28,18 +30,20 @@ class DataSet:
     """A row of the table. `rows`: () -> features float64 (n, d), targets float64 (n,) or classes int64 (n,).
 
     `rows` may also give a set that comes split, as `downloaded` does: training and test features and targets.
+    text: in place of `rows`: --data-dir -> a text. Its samples are characters, and shape is (characters of a window,).
     task, samples, shape and outputs are None where only loading tells; those of `Data.spec` never are.
     """
 
     rows: Callable[[], tuple[np.ndarray, ...]] | None
-    task: str | None  # "regression" or "classification"
+    task: str | None  # "regression", "classification" or "language"
     samples: int | None
     shape: tuple[int, ...] | None  # of one sample, as the model reads it
-    outputs: int | None  # of the model: 1, or the number of classes
+    outputs: int | None  # of the model: 1, or the number of classes or symbols
     model: str  # where --model is not given
     own_split: str | None = None  # for a set that comes split
     downloaded: Callable[[str | None], tuple[np.ndarray, ...]] | None = None  # in place of `rows`: from --data-dir
     augmented: bool = False  # images, which training moves and mirrors
+    text: Callable[[str | None], str] | None = None  # in place of `rows`: from --data-dir
 
     @property
     def layout(self) -> torch.memory_format:
@@ -69,6 +73,24 @@ class Data:
         x = {name: getattr(self, name).to(device, memory_format=layout) for name in ("train_x", "test_x")}
         return replace(self, **x, train_y=self.train_y.to(device), test_y=self.test_y.to(device))
 
+    def steps(self, batch_size: int) -> int:
+        """In an epoch."""
+        return math.ceil(len(self.train_x) / batch_size)
+
+    def batch(
+        self, rows: torch.Tensor, noise: torch.Generator, part: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model reads of this part of the training rows of these numbers, and their targets.
+
+        noise: as in `features`.
+        """
+        return self.features(self.train_x[rows], noise, part), self.train_y[rows[part]]
+
+    def test_batches(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All test rows, so many at a time: what the model reads, and targets."""
+        for x, y in zip(self.test_x.split(rows), self.test_y.split(rows), strict=True):
+            yield self.features(x), y
+
     def features(
         self, rows: torch.Tensor, noise: torch.Generator | None = None, part: slice = slice(None)
     ) -> torch.Tensor:
@@ -81,6 +103,46 @@ class Data:
         images = augment(rows, noise, part=part) if noise and self.spec.augmented else rows[part]
         mean, deviation = (t.to(rows.device) for t in self.image_scale)
         return images.float().sub_(mean).div_(deviation)
+
+
+@dataclass(frozen=True)
+class Text(Data):
+    """A text, its end for testing. A sample is a window of `context` tokens, its targets are those one further.
+
+    train_x, test_x: numbers of characters, int64 (n,); train_y, test_y: the same from the second one on, (n - 1,).
+    A row's number says where its window begins.
+    """
+
+    symbols: str = ""  # the characters, by their numbers
+
+    @property
+    def context(self) -> int:
+        return (self.spec.shape or (CONTEXT,))[0]
+
+    @property
+    def windows(self) -> int:
+        """The places in the training text where a window with its targets can begin."""
+        return len(self.train_y) - self.context + 1
+
+    def steps(self, batch_size: int) -> int:
+        """So many that a model reads about as many characters as the training text has."""
+        return max(1, len(self.train_x) // (batch_size * self.context))
+
+    def batch(
+        self, rows: torch.Tensor, noise: torch.Generator, part: slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The windows that begin there, and their targets: int64 (n, context) each."""
+        x, y = (numbers.unfold(0, self.context, 1)[rows[part]] for numbers in (self.train_x, self.train_y))
+        return x, y
+
+    def test_batches(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Windows that follow one another, as many characters at a time as `rows` windows of CONTEXT have.
+
+        What is left at the end, shorter than a window, is left out.
+        """
+        x, y = (numbers.unfold(0, self.context, self.context) for numbers in (self.test_x[:-1], self.test_y))
+        count = max(1, rows * CONTEXT // self.context)
+        yield from zip(x.split(count), y.split(count), strict=True)
 
 
 def toy() -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +196,13 @@ def fashion_mnist(data_dir: str | None) -> tuple[np.ndarray, ...]:
     return fashion_mnist.load(data_dir)
 
 
+def shakespeare(data_dir: str | None) -> str:
+    """Karpathy 2015: 40,000 lines of Shakespeare's plays."""
+    from sources import shakespeare
+
+    return shakespeare.load(data_dir)
+
+
 DATASETS: dict[str, DataSet] = {
     "toy": DataSet(toy, "regression", 11, (1,), 1, "linear"),
     "boston": DataSet(boston, "regression", 506, (13,), 1, "linear"),
@@ -149,20 +218,22 @@ DATASETS: dict[str, DataSet] = {
     "fashion_mnist": DataSet(
         None, "classification", 70000, (1, 28, 28), 10, "cnn", own_split="60,000 + 10,000", downloaded=fashion_mnist
     ),
+    "shakespeare": DataSet(None, "language", 1115394, (CONTEXT,), 65, "gpt", own_split=OF_TEXT, text=shakespeare),
 }
 
 
 def spec_of(name: str) -> DataSet:
-    """The row of that name, or of the file: FILE.csv:TARGET[:classes], FILE.py:FUNCTION.
+    """The row of that name, or of the file: FILE.csv:TARGET[:classes], FILE.py:FUNCTION, FILE.txt.
 
-    SettingError for a name that is not known. No file is read before its rows are asked for.
+    SettingError for a name that is not known. No file is read before its rows or its text are asked for.
     """
     if name in DATASETS:
         return DATASETS[name]
     file = named_file(name)
-    if file is None or file.suffix not in _READERS:
-        forms = ", ".join(FORMS[suffix] for suffix in _READERS)
-        raise SettingError("dataset", shown(name), f"{', '.join(DATASETS)}, {forms}", nearest(name, DATASETS))
+    if file is None:
+        raise SettingError("dataset", shown(name), ", ".join((*DATASETS, *FORMS.values())), nearest(name, DATASETS))
+    if file.suffix == ".txt":
+        return DataSet(None, "language", None, None, None, "gpt", own_split=OF_TEXT, text=partial(_from_text, file))
     return DataSet(partial(_READERS[file.suffix], file), None, None, None, None, "mlp")
 
 
@@ -188,6 +259,12 @@ def _from_function(file: NamedFile) -> tuple[np.ndarray, ...]:
     return python_file.call("dataset", str(file), function)
 
 
+def _from_text(file: NamedFile, data_dir: str | None) -> str:
+    from sources import text_file
+
+    return text_file.read(file.path)
+
+
 _READERS = {".csv": _from_csv, ".py": _from_function}
 
 
@@ -203,13 +280,14 @@ def load(
     seed: int = 42,
     scale_on: str = "train",
     data_dir: str | None = None,
+    context: int = CONTEXT,
 ) -> Data:
     """The set of that name, its features and regression targets standardized: mean 0, deviation 1.
 
     The scalers are fitted on the training rows, or with scale_on "all" on every row before the split. Images of bytes
     stay uint8, and each of their channels is scaled as a whole; other features that are whole numbers stay int64, as
     models read them that look them up. Raises SettingError for what is wrong in a file or a row of the table, and what
-    reading or downloading raises.
+    reading or downloading raises. context: the characters of a window of text.
     """
     import numpy as np
     import torch
@@ -218,6 +296,8 @@ def load(
     from sources.arrays import checked
 
     spec = spec_of(name)
+    if spec.text:
+        return _of_text(name, spec, spec.text(data_dir), context)
     if spec.downloaded:
         arrays = spec.downloaded(data_dir)
     else:
@@ -280,6 +360,24 @@ def _split(
         raise SettingError("test_split", shown(test_split), f"what leaves a training row of the {rows} of {name}")
     train_x, test_x, train_y, test_y = train_test_split(*arrays, test_size=test_split, random_state=seed)
     return train_x, train_y, test_x, test_y
+
+
+def _of_text(name: str, spec: DataSet, text: str, context: int) -> Text:
+    """Split by place: int(0.9 n) characters for training, the last tenth for testing. SettingError for a short text."""
+    import torch
+
+    from sources.text_file import encoded
+
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise SettingError("model_options", f"context={context}", "a whole number >= 1")
+    symbols, numbers = encoded(text)
+    if len(text) <= 10 * context or len(symbols) < 2:
+        said = f"{shown(name)} of {len(text):,} characters, {len(symbols)} of them different"
+        least = f"a text of at least {10 * context + 1:,}, so that its last tenth holds a window of context={context}"
+        raise SettingError("dataset", said, f"{least}, and of 2 different ones")
+    spec = replace(spec, samples=len(text), shape=(context,), outputs=len(symbols))
+    train, test = torch.from_numpy(numbers).tensor_split([9 * len(text) // 10])
+    return Text(spec, train, train[1:], test, test[1:], symbols=symbols)
 
 
 def augment(

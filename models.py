@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from low_precision.errors import SettingError, nearest
+
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of options, in words
 
 
 def linear(shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -93,7 +98,152 @@ def resnet20(shape: tuple[int, ...], outputs: int) -> nn.Module:
     return ResNet20(shape[0], outputs)
 
 
-MODELS = {"linear": linear, "mlp": mlp, "cnn": cnn, "resnet20": resnet20}
+class _Attention(nn.Module):
+    """Self-attention of several heads, without biases. causal: no position reads a later one."""
+
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        each = self.queries_keys_values(x).split(width, 2)
+        q, k, v = (part.view(n, length, self.heads, -1).transpose(1, 2) for part in each)  # (n, heads, length, size)
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
+        return self.dropout(self.output(y.transpose(1, 2).reshape(n, length, width)))
+
+
+class _MLP(nn.Sequential):
+    """Two layers without biases, the hidden one four times as wide, a GELU (the exact one) between them."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        up, down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        super().__init__(OrderedDict(up=up, gelu=nn.GELU(), down=down, dropout=nn.Dropout(dropout)))
+
+
+class _TransformerBlock(nn.Module):
+    """Attention, then an MLP; each reads what is normalized, and is added to what it read (pre-norm)."""
+
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, bias=False)
+        self.attention = _Attention(width, heads, dropout, causal)
+        self.norm2 = nn.LayerNorm(width, bias=False)
+        self.mlp = _MLP(width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def _initialize(model: nn.Module, blocks: nn.Sequential) -> None:
+    """GPT-2's initial weights: N(0, 0.02); of layers that are added to the path, narrower, as there are two a block."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for block in blocks:
+        for layer in (block.attention.output, block.mlp.down):
+            nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(blocks)))
+
+
+class GPT(nn.Module):
+    """A GPT-2 without biases, as nanoGPT trains it: token numbers int64 (n, length) -> logits (n, length, symbols)."""
+
+    def __init__(self, symbols: int, context: int, layers: int, heads: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, width)
+        self.positions = nn.Embedding(context, width)  # learned
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads, dropout, causal=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, symbols, bias=False)
+        self.head.weight = self.embedding.weight
+        _initialize(self, self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embedding(x) + self.positions.weight[: x.shape[1]]  # (n, length, width)
+        return self.head(self.norm(self.blocks(self.dropout(y))))
+
+
+class ViT(nn.Module):
+    """A vision transformer: GPT's blocks over the patches of images, each of which reads all others.
+
+    Positions are learned, and the mean over all patches is what the head reads: no class token (Beyer et al. 2022,
+    arXiv:2205.01580).
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], outputs: int, patch: int, layers: int, heads: int, width: int, dropout: float
+    ) -> None:
+        super().__init__()
+        channels, height, across = shape
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.positions = nn.Embedding(height // patch * (across // patch), width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(_TransformerBlock(width, heads, dropout, causal=False) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, outputs)
+        _initialize(self, self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2) + self.positions.weight  # (n, patches, width)
+        return self.head(self.norm(self.blocks(self.dropout(y))).mean(1))
+
+
+def gpt(
+    shape: tuple[int, ...], outputs: int, layers: int = 4, heads: int = 4, width: int = 128, dropout: float = 0.0
+) -> nn.Module:
+    """nanoGPT's small one. shape: (context,), the most tokens that it reads at a time; outputs: symbols."""
+    _check(layers, heads, width, dropout)
+    return GPT(outputs, shape[0], layers, heads, width, dropout)
+
+
+def vit(
+    shape: tuple[int, ...],
+    outputs: int,
+    layers: int = 4,
+    heads: int = 4,
+    width: int = 128,
+    patch: int = 4,
+    dropout: float = 0.0,
+) -> nn.Module:
+    _check(layers, heads, width, dropout)
+    if patch < 1 or shape[1] % patch or shape[2] % patch:
+        raise _refused(f"patch={patch}", f"a divisor of the sides of an image, {shape[1]} and {shape[2]}")
+    return ViT(shape, outputs, patch, layers, heads, width, dropout)
+
+
+def _check(layers: int, heads: int, width: int, dropout: float) -> None:
+    """SettingError for a transformer that cannot be."""
+    for name, value in (("layers", layers), ("heads", heads), ("width", width)):
+        if value < 1:
+            raise _refused(f"{name}={value}", "a whole number >= 1")
+    if width % heads:
+        raise _refused(f"heads={heads}", f"a divisor of width={width}")
+    if not 0 <= dropout < 1:
+        raise _refused(f"dropout={dropout:g}", "a number, 0 <= p < 1")
+
+
+def _refused(value: str, allowed: str, nearest_word: str | None = None) -> SettingError:
+    return SettingError("model_options", value, allowed, nearest_word)
+
+
+# A model for rows (n, *shape) gives (n, outputs), one for text (n, length, outputs). What is between a transformer's
+# first and last block is named `blocks`, and its last layer `head`.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet20": resnet20,
+    "vit": vit,
+    "gpt": gpt,
+}
 
 
 def build(
@@ -101,7 +251,26 @@ def build(
 ) -> nn.Module:
     """A model for samples of that shape; its initial weights depend on the seed alone.
 
-    options: keyword parameters of the function in `MODELS`.
+    options: keyword parameters of the function in `MODELS` that have a default, each a value of the default's type.
+    SettingError for others.
     """
     torch.manual_seed(seed)
-    return MODELS[name](shape, outputs, **(options or {}))
+    return MODELS[name](shape, outputs, **_fitting(name, options or {}))
+
+
+def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the model's function takes them: whole numbers are numbers too."""
+    parameters = inspect.signature(MODELS[name]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    fitting = {}
+    for option, value in options.items():
+        if option not in defaults:
+            allowed = f"{', '.join(defaults)} ({name}'s)" if defaults else f"none ({name} has no options)"
+            raise _refused(option, allowed, nearest(option, defaults))
+        kind = type(defaults[option])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind in TYPES and type(value) is not kind:
+            raise _refused(f"{option}={value}", TYPES[kind])
+        fitting[option] = value
+    return fitting

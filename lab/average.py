@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from data import Data
-from lab.batches import row_numbers
+from lab.batches import batch_rows
 from lab.metrics import Task, evaluate
 from low_precision.noise import Key
 from settings.config import Config
@@ -43,10 +43,10 @@ class Average:
 
         def batches() -> Iterator[Tensor]:
             noise = torch.Generator().manual_seed(Key.of(config.seed, "averaging").value)
-            for rows in row_numbers(len(data.train_x), config, config.epochs + 1, device):
+            for rows in batch_rows(data, config, config.epochs + 1, device):
                 if check:
                     check()
-                yield data.features(data.train_x[rows], noise)
+                yield data.batch(rows, noise)[0]
 
         self._averaged.to(device)
         update_bn(batches(), self._averaged)

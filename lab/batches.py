@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data import Data
+from data import Data, Text
 from lab.processes import Processes
 from low_precision.noise import Key
 from settings.config import Config, refused
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 class Batch:
     """This process's part of a batch."""
 
-    x: Tensor  # float32 (n, *shape), as the model reads it
+    x: Tensor  # float32 (n, *shape), or numbers of characters, as the model reads it
     y: Tensor  # targets, as in data.Data
     first_row: int  # the place of its first row in the whole batch
     whole: int  # rows of the whole batch
@@ -49,29 +48,44 @@ class Batches:
     def __init__(self, config: Config, data: Data, processes: Processes) -> None:
         """ConfigError where one of the processes would have no row of a batch."""
         self.config, self.data, self.processes = config, data, processes
-        self.rows = len(data.train_x)
-        self.steps = math.ceil(self.rows / config.batch_size)  # in an epoch
-        smallest = self.rows % config.batch_size or min(config.batch_size, self.rows)
+        rows = len(data.train_x)
+        self.steps = data.steps(config.batch_size)  # in an epoch
+        smallest = rows % config.batch_size or min(config.batch_size, rows)
+        if isinstance(data, Text):  # whose windows overlap: every batch is full
+            smallest = config.batch_size
         if smallest < processes.count:
-            rows = f"a row for each of {processes.count} processes in the last batch too ({self.rows} rows)"
+            rows = f"a row for each of {processes.count} processes in the last batch too ({rows} rows)"
             raise refused("batch_size", config.batch_size, f"what leaves {rows}")
 
     def remaining(self, state: State) -> Iterator[Tensor]:
         """Row numbers of each batch that is left of the next epoch: of all, unless a resumed run is in its middle."""
-        return islice(row_numbers(self.rows, self.config, state.epoch + 1, self.processes.device), state.batch, None)
+        return islice(batch_rows(self.data, self.config, state.epoch + 1, self.processes.device), state.batch, None)
 
     def part(self, rows: Tensor, noise: torch.Generator) -> Batch:
         """This process's part of the batch of these rows; images are augmented with `noise`, which moves on."""
         part = self.processes.part(len(rows))
-        x = self.data.features(self.data.train_x[rows], noise, part)
-        return Batch(x, self.data.train_y[rows[part]], part.start, len(rows), self.processes)
+        x, y = self.data.batch(rows, noise, part)
+        return Batch(x, y, part.start, len(rows), self.processes)
+
+
+def batch_rows(data: Data, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
+    """Row numbers of each batch of that epoch, of a text where its windows begin. They depend on (seed, epoch)."""
+    if not isinstance(data, Text):
+        return row_numbers(len(data.train_x), config, epoch, device)
+    starts = torch.randint(
+        data.windows, (data.steps(config.batch_size), config.batch_size), generator=_order(config, epoch)
+    )
+    return iter(starts.to(device))
 
 
 def row_numbers(rows: int, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
-    """Row numbers of each batch. The order depends on (seed, epoch); a batch of all rows leaves it alone."""
+    """Each row once, in an order of this epoch; a batch of all rows leaves it alone."""
     if config.batch_size >= rows:
         order = torch.arange(rows)
     else:
-        generator = torch.Generator().manual_seed(Key.of(config.seed, "order", epoch).value)
-        order = torch.randperm(rows, generator=generator)
+        order = torch.randperm(rows, generator=_order(config, epoch))
     yield from order.to(device).split(min(config.batch_size, rows))
+
+
+def _order(config: Config, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(Key.of(config.seed, "order", epoch).value)

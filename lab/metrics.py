@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Data
+from data import Data, Text
 
 EVALUATION_ROWS = 250  # at a time: no more memory than a step takes
 CUDA_CHECK_STEPS = 50  # between two looks at the losses on CUDA: each look waits for the device
@@ -156,20 +156,48 @@ class Classification(Task):
         return {"testing_loss": loss, "testing_accuracy": correct / rows}
 
 
-TASKS: dict[str, Task] = {"regression": Regression(), "classification": Classification()}
+class Language(Task):
+    """Cross entropy of the next token, in nats; in training the mean over the epoch's tokens, as they were read."""
+
+    loss_metric = "loss"
+
+    def loss_of_constant(self, outputs: int) -> float:
+        return math.log(outputs)  # each symbol equally probable
+
+    def loss(self, output: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        """(n, length, symbols), int64 (n, length) -> (), or with reduction "none" (n * length,)."""
+        return F.cross_entropy(output.flatten(0, 1), y.flatten(), reduction=reduction)
+
+    def training(self, loss: float, correct: int, rows: int) -> Metrics:
+        return {"training_loss": loss}
+
+    def testing(self, loss: float, correct: int, rows: int, data: Data) -> dict[str, float]:
+        of_characters = {"testing_bits_per_character": loss / math.log(2)} if isinstance(data, Text) else {}
+        return {"testing_loss": loss, **of_characters}
+
+
+TASKS: dict[str, Task] = {
+    "regression": Regression(),
+    "classification": Classification(),
+    "language": Language(),
+}
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, task: Task, check: Callable[[], None] | None = None) -> dict[str, float]:
-    """Means over all test rows, summed in float64; the model rounds as in training. check: called now and then."""
+    """Means over all test rows, of a text over all tokens, summed in float64; the model rounds as in training.
+
+    check: called now and then.
+    """
     model.eval()
-    loss, correct = 0.0, 0
-    count = len(data.test_x)
-    for rows, targets in zip(data.test_x.split(EVALUATION_ROWS), data.test_y.split(EVALUATION_ROWS), strict=True):
+    loss, correct, count = 0.0, 0, 0
+    for x, targets in data.test_batches(EVALUATION_ROWS):
         if check:
             check()
-        output = model(data.features(rows))
-        loss += float(task.loss(output, targets, "none").double().sum())
+        output = model(x)
+        losses = task.loss(output, targets, "none")
+        loss += float(losses.double().sum())
+        count += losses.numel()
         correct += int(task.correct(output, targets))
     return task.testing(loss / count, correct, count, data)
 

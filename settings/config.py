@@ -42,8 +42,8 @@ from settings.errors import refused as refused
 from settings.errors import shown_value
 from settings.kinds import Kind
 
-MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20")  # models.MODELS builds them
-IMAGE_MODELS = ("cnn", "resnet20")
+MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20", "vit", "gpt")  # models.MODELS builds them
+IMAGE_MODELS = ("cnn", "resnet20", "vit")
 OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAME rounds one of them
     "sgd": ("momentum_buffer",),  # where there is a momentum
     "adam": ("exp_avg", "exp_avg_sq"),
