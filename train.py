@@ -83,7 +83,7 @@ def train_epoch(
             session.between_steps()  # a checkpoint that is due is written; Stopped is raised if somebody asked for it
             batch = batches.part(rows, state.noise)
             if state.shadow:
-                state.shadow.train_step(batch, task)
+                state.shadow.train_step(batch, task, state.step + 1)
             loss = train_step(model, batch, task, rounding, state)
             state.step_done()
             if state.shadow:
@@ -102,7 +102,8 @@ def train_step(model: nn.Module, batch: Batch, task: Task, rounding: RunRounding
     Diverged for a loss that is not finite, before it reaches the weights.
     """
     rounding.at(batch.first_row, batch.rows)  # so that noise does not depend on the number of processes
-    output = model(batch.x)
+    with batch.drawn(state.step + 1):
+        output = model(batch.x)
     loss = task.loss(output, batch.y)
     whole_loss, correct, rows = batch.over_processes(loss.detach(), task.correct(output, batch.y))
     state.metrics.add(whole_loss, correct, rows)

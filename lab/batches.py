@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data import Data, Text
+from lab.draws import drawn
 from lab.processes import Processes
 from low_precision.noise import Key
 from settings.config import Config, refused
@@ -28,10 +30,15 @@ class Batch:
     first_row: int  # the place of its first row in the whole batch
     whole: int  # rows of the whole batch
     processes: Processes
+    seed: int  # of the run
 
     @property
     def rows(self) -> int:
         return len(self.y)
+
+    def drawn(self, step: int) -> AbstractContextManager[None]:
+        """Around the forward pass of that step: what is dropped out follows from it and from `first_row`."""
+        return drawn(self.seed, step, self.first_row, self.y.device)
 
     def share(self, loss: Tensor) -> Tensor:
         """The mean loss of this part -> that for which the average over all processes is the mean of the whole."""
@@ -65,7 +72,7 @@ class Batches:
         """This process's part of the batch of these rows; images are augmented with `noise`, which moves on."""
         part = self.processes.part(len(rows))
         x, y = self.data.batch(rows, noise, part)
-        return Batch(x, y, part.start, len(rows), self.processes)
+        return Batch(x, y, part.start, len(rows), self.processes, self.config.seed)
 
 
 def batch_rows(data: Data, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
@@ -75,15 +82,12 @@ def batch_rows(data: Data, config: Config, epoch: int, device: torch.device) -> 
     starts = torch.randint(
         data.windows, (data.steps(config.batch_size), config.batch_size), generator=_order(config, epoch)
     )
-    return iter(starts.to(device))
+    return iter(starts.to(device).unbind())
 
 
 def row_numbers(rows: int, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
     """Each row once, in an order of this epoch; a batch of all rows leaves it alone."""
-    if config.batch_size >= rows:
-        order = torch.arange(rows)
-    else:
-        order = torch.randperm(rows, generator=_order(config, epoch))
+    order = torch.arange(rows) if config.batch_size >= rows else torch.randperm(rows, generator=_order(config, epoch))
     yield from order.to(device).split(min(config.batch_size, rows))
 
 

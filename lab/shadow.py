@@ -45,9 +45,10 @@ class Shadow:
         self._loss: Tensor | None = None
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, (layers, 2), (): difference of losses
 
-    def train_step(self, batch: Batch, task: Task) -> None:
-        """A step of its own, before the run's. The random state is as before: what is dropped out is the same."""
-        with _random_numbers_kept(batch.x.device):
+    def train_step(self, batch: Batch, task: Task, step: int) -> None:
+        """That step of its own, before the run's; what is dropped out is the same in both, and other random numbers
+        are as before."""
+        with _random_numbers_kept(batch.x.device), batch.drawn(step):
             output = self._whole(batch.x.clone())  # a model may change what it reads
             loss = task.loss(output, batch.y)
             self._loss, _, _ = batch.over_processes(loss.detach(), task.correct(output, batch.y))

@@ -1,0 +1,31 @@
+"""What a model draws from torch's own generators in a step, as dropout does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from low_precision.noise import Key
+
+
+@contextmanager
+def drawn(seed: int, step: int, first_row: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators begin where (seed, step, first row of the part) say; afterwards they are as before.
+
+    So nothing of them has to be saved, and what is drawn does not depend on what was evaluated, watched or interrupted.
+    It does depend on the parts of a batch: those of other processes, or of gradient accumulation, draw anew.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(Key.of(seed, "dropout", step, first_row).value)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
