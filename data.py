@@ -231,7 +231,7 @@ def spec_of(name: str) -> DataSet:
         return DATASETS[name]
     file = named_file(name)
     if file is None:
-        raise SettingError("dataset", shown(name), ", ".join((*DATASETS, *FORMS.values())), nearest(name, DATASETS))
+        raise SettingError("dataset", shown(name), ", ".join((*DATASETS, *FILE_FORMS)), nearest(name, DATASETS))
     if file.suffix == ".txt":
         return DataSet(None, "language", None, None, None, "gpt", own_split=OF_TEXT, text=partial(_from_text, file))
     return DataSet(partial(_READERS[file.suffix], file), None, None, None, None, "mlp")
@@ -266,6 +266,7 @@ def _from_text(file: NamedFile, data_dir: str | None) -> str:
 
 
 _READERS = {".csv": _from_csv, ".py": _from_function}
+FILE_FORMS = tuple(FORMS[suffix] for suffix in (*_READERS, ".txt"))  # the names of data sets in files
 
 
 @cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lab.console import command, say, warnings_in_a_line
+from lab.console import command, in_a_line, say, warnings_in_a_line
 from lab.record import REPLACING, status
 from lab.resume import RunEnded, offer, to_resume
 from low_precision import formats
@@ -103,9 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         ended = RunEnded.of(error)
-        text = " ".join(str(error).split()) or type(error).__name__
         where = f"; {ended}" if ended else ""
-        say(*(ended.notes if ended else []), f"main.py: error: {text}{where} (--debug shows where)")
+        say(*(ended.notes if ended else []), f"main.py: error: {in_a_line(error)}{where} (--debug shows where)")
         return 1
 
 

@@ -1,4 +1,7 @@
-"""The models: plain PyTorch, knowing nothing of quantization. A new one is a function and a row of `MODELS`."""
+"""The models: plain PyTorch, knowing nothing of quantization. A new one is a function and a row of `MODELS`.
+
+A function takes the shape of a sample and the number of outputs, and options by keyword.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from low_precision.errors import SettingError, nearest
+from sources import python_file
 
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of options, in words
 
@@ -37,7 +41,8 @@ def mlp(shape: tuple[int, ...], outputs: int, width: int = 128) -> nn.Module:
 
 
 def cnn(shape: tuple[int, ...], outputs: int) -> nn.Module:
-    """Three convolutions and a pooling between them: small, for 8x8 digits."""
+    """Three convolutions and a pooling between them: small, for images of few pixels."""
+    _check_image("cnn", shape)
     pooled = (shape[1] // 2) * (shape[2] // 2)
     return nn.Sequential(
         OrderedDict(
@@ -95,6 +100,8 @@ class ResNet20(nn.Module):
 
 
 def resnet20(shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """ResNet20 for images of any size."""
+    _check_image("resnet20", shape)
     return ResNet20(shape[0], outputs)
 
 
@@ -251,16 +258,24 @@ def build(
 ) -> nn.Module:
     """A model for samples of that shape; its initial weights depend on the seed alone.
 
-    options: keyword parameters of the function in `MODELS` that have a default, each a value of the default's type.
-    SettingError for others.
+    name: a row of `MODELS`, or FILE.py:FUNCTION. options: keyword parameters of the function that have a default, each a
+    value of the default's type. SettingError for others, and for a function that gives no model.
     """
+    function = MODELS[name] if name in MODELS else python_file.function_named("model", name)
     torch.manual_seed(seed)
-    return MODELS[name](shape, outputs, **_fitting(name, options or {}))
+    model = python_file.call("model", name, function, shape, outputs, **_fitting(name, function, options or {}))
+    if not isinstance(model, nn.Module):
+        raise SettingError("model", f"{name}, which gives a {type(model).__name__}", "what gives a torch.nn.Module")
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
+        raise SettingError("model", f"{name}, which has lazy layers", "layers whose sizes are known")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingError("model", f"{name}, which has no parameters", "a model with parameters to be trained")
+    return model
 
 
-def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _fitting(name: str, function: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as the model's function takes them: whole numbers are numbers too."""
-    parameters = inspect.signature(MODELS[name]).parameters.values()
+    parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     fitting = {}
     for option, value in options.items():
@@ -274,3 +289,9 @@ def _fitting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise _refused(f"{option}={value}", TYPES[kind])
         fitting[option] = value
     return fitting
+
+
+def _check_image(name: str, shape: tuple[int, ...]) -> None:
+    """SettingError for samples that are no images of 2 x 2 pixels or more."""
+    if len(shape) != 3 or min(shape[1:]) < 2:
+        raise SettingError("model", f"{name} for samples of the shape {shape}", "linear, mlp, or images (c, h, w)")

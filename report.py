@@ -181,9 +181,11 @@ def _runs(paths: Sequence[Path], unfinished: bool = False) -> list[Run]:
     left_out = read.left_out + Counter(run.status for run in read.runs if not run.ended)  # of the table
     if left_out:
         print(_left_out(left_out), file=sys.stderr)
-    codes = Counter(f"by {run.code}" if run.code else "without a fingerprint" for run in read.runs if run.ended)
-    if len(codes) > 1:
-        counts = ", ".join(f"{count} {code}" for code, count in codes.most_common())
+    made_by = records.codes(read.runs)
+    if len(made_by) > 1:
+        counts = ", ".join(
+            f"{count} {f'by {code}' if code else 'without a fingerprint'}" for code, count in made_by.most_common()
+        )
         print(f"these runs were made by different code: {counts}", file=sys.stderr)
     return read.runs
 

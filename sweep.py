@@ -26,8 +26,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from lab.console import command, say
-from lab.fingerprint import fingerprint
+from lab.console import command, in_a_line, say
+from lab.fingerprint import fingerprint_of_run, fingerprints_of_runs
 from lab.record import CHECKPOINTS, REPLACING, summary_of, unfinished
 from lab.step_lines import lacking
 from low_precision.errors import nearest, shown
@@ -140,12 +140,12 @@ def run_one(
         begun = [folder for folder, _ in unfinished(config.output_dir, config.folder_name)]
         begun = [folder for folder in begun if any((folder / name).exists() for name in CHECKPOINTS)]
         begun = [folder for folder in begun if not lacking(folder, config)]
-        by_this_code = [folder for folder in begun if code_of(folder) == fingerprint()]
+        by_this_code = [folder for folder in begun if code_of(folder) == fingerprint_of_run(config)]
         other_code = bool(begun and not by_this_code)
         resume = next(iter(by_this_code or (begun if keep else [])), None)
         train.run(config, started_by, resume, quiet=True)
     except Exception as error:
-        wrong = " ".join(str(error).split()) or type(error).__name__
+        wrong = in_a_line(error)
     return config.folder_name, wrong, other_code
 
 
@@ -178,11 +178,11 @@ def to_train(configs: Sequence[Config], keep: bool) -> list[Config]:
     Says how many other code made, and what others lack.
     """
     todo, others, without, lack = [], 0, 0, Counter[str]()
-    for config in configs:
+    for config, code in zip(configs, fingerprints_of_runs(configs), strict=True):
         folder = Path(config.output_dir) / config.folder_name
         summary = summary_of(folder)
         finished = summary.get("status") in REPLACING
-        other = finished and summary.get("code") != fingerprint()
+        other = finished and summary.get("code") != code
         others, without = others + other, without + (other and "code" not in summary)
         missing = lacking(folder, config) if finished else []
         if not finished or (other and not keep) or missing:
@@ -276,8 +276,13 @@ def _say_how_it_ended(configs: Sequence[Config], failures: dict[str, str], keep:
         say(f"failed: {name}: {wrong}")
     summaries = {c.folder_name: summary_of(Path(c.output_dir) / c.folder_name) for c in configs}
     if not keep:
-        made = [summary.get("code") for name, summary in summaries.items() if name not in failures]
-        if changed := sum(code not in (None, fingerprint()) for code in made):
+        names = [config.folder_name for config in configs]
+        codes = [
+            (summaries[name].get("code"), code)
+            for name, code in zip(names, fingerprints_of_runs(configs), strict=True)
+            if name not in failures
+        ]
+        if changed := sum(made_by not in (None, code) for made_by, code in codes):
             say(f"the code changed meanwhile: {changed} runs are of other code; the same command trains them anew")
     if remarks := [(name, text) for name, summary in summaries.items() for text in summary.get("remarks", [])[:1]]:
         say(f"{len(remarks)} of {len(configs)} runs have remarks in their summary.json, as {': '.join(remarks[0])}")

@@ -18,7 +18,8 @@ from lab import optimizers
 from lab.average import Average
 from lab.batches import Batch, Batches
 from lab.environment import device_of
-from lab.fingerprint import fingerprint
+from lab.fingerprint import fingerprint_of_run
+from lab.fitting import check_fit
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
 from lab.processes import Processes
 from lab.session import Result, Session
@@ -38,20 +39,22 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
     loading, training or writing raises; before that, what was recorded is closed with the status "failed" or
     "interrupted", and the exception carries a lab.resume.RunEnded, which says where it lies and how to go on.
     """
-    started, config, code = time.monotonic(), config.resolved(), fingerprint()
+    started, config = time.monotonic(), config.resolved()
+    code = fingerprint_of_run(config)
     with Processes(device_of(config.device)) as processes:
-        rows = (config.dataset, config.test_split, config.seed, config.scale_on, config.data_dir)
+        rows = (config.placed(config.dataset), config.test_split, config.seed, config.scale_on, config.data_dir)
         split = processes.first_before_others(lambda: data.load(*rows))
         spec, device = split.spec, processes.device
         task, layout = TASKS[spec.task], spec.layout
         split = split.to(device, layout)
-        make_model = partial(models.build, config.model_name, spec.shape, spec.outputs, config.seed)
+        make_model = partial(models.build, config.placed(config.model_name), spec.shape, spec.outputs, config.seed)
 
         model = make_model().to(device, memory_format=layout)
+        batches = Batches(config, split, processes)
+        check_fit(config, model, batches, spec)
         plain = copy.deepcopy(model) if config.shadow else None  # before its weights are rounded
         optimizer = optimizers.build(config, model)
         rounding = quant.round_run(config, model, optimizer, processes.any_of if processes.count > 1 else None)
-        batches = Batches(config, split, processes)
         steps = config.epochs * batches.steps
         schedule = optimizers.schedule(config, optimizer, steps)
         average = Average(config, make_model().to(memory_format=layout)) if config.average_last else None

@@ -22,6 +22,7 @@ from analysis.runs import (
     Run,
     Setting,
     baseline_of,
+    codes,
     flags_text,
     metrics_of,
     names,
@@ -64,7 +65,7 @@ def page_data(runs: Sequence[Run], metric: str, page_folder: Path, title: str = 
         "metric": metric,
         "metrics": [{"name": m, "label": axis_label(m), "percent": is_percent(m)} for m in metrics],
         "statuses": Counter(run.status for run in runs).most_common(),
-        "codes": Counter(run.code or "" for run in runs if run.ended).most_common(),
+        "codes": codes(runs).most_common(),
         "common": common_flags([setting.config for setting in settings]),
         "columns": columns,
         "settings": [

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.files import write_whole
+from lab.fingerprint import split_code
 from lab.record import REPLACING, summary_of
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
@@ -172,6 +173,24 @@ def _unfinished(folder: Path, summary: dict[str, Any]) -> Run | None:
         return None
     said = {"status": UNFINISHED, "seconds": math.nan, "code": None} | summary
     return Run(config, said["status"], said["seconds"], history, said["code"], folder, tuple(said.get("remarks", ())))
+
+
+def codes(runs: Iterable[Run]) -> Counter[str]:
+    """How many of the runs each code made, "" for those without a fingerprint: more than one where it differs.
+
+    What people's own files hold counts where runs that name the same files differ in it.
+    """
+    parts = [(run, *split_code(run.code or "")) for run in runs if run.ended]
+    contents: dict[tuple[str, ...], set[str]] = {}
+    for run, _, files in parts:
+        contents.setdefault(_named(run), set()).add(files)
+    return Counter(
+        f"{code} with files {files}" if len(contents[_named(run)]) > 1 else code for run, code, files in parts
+    )
+
+
+def _named(run: Run) -> tuple[str, ...]:
+    return run.config.dataset, run.config.model_name, run.config.optimizer
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import low_precision
 from settings.config import Config
+from sources.python_file import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,14 @@ def say(*lines: str) -> None:
         print("\n".join(lines), file=sys.stderr, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else Python fails at its end, with what could not be said
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says; of one in a file of the user's own, where that is, first."""
+    text = " ".join(str(error).split())
+    if place := place_of(error):
+        return f"{place}: {type(error).__name__}{f': {text}' if text else ''}"
+    return text or type(error).__name__
 
 
 @contextlib.contextmanager

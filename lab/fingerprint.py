@@ -4,6 +4,9 @@ What decides a result is the library, the models, the data sets with the files t
 the loop uses of lab/ and settings/. Of a Python file its syntax tree counts, without docstrings; it is written out by
 hand, because `ast.dump` writes the same tree differently in different versions of Python. Of any other file of
 sources/ every byte counts. No torch here: sweep.py and report.py ask before anything is trained.
+
+A run that names a file of its user's own (FILE.py:FUNCTION, FILE.csv:TARGET, FILE.txt) has a second fingerprint behind
+that of the code, of these files alone: CODE.FILES.
 """
 
 from __future__ import annotations
@@ -13,14 +16,20 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import low_precision
+from data import DATASETS
 from lab.files import write_whole
+from settings.config import Config
+from sources.named_file import named_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(low_precision.__file__).resolve().parent  # it may be installed elsewhere
@@ -32,7 +41,7 @@ SURROUNDING = {
         *("advice", "checkpoint", "console", "files", "fingerprint", "interrupt", "layers", "record", "remarks"),
         *("resume", "session", "shadow", "step_lines", "wandb_run"),
     ),
-    "settings": ("errors", "flags", "kinds", "qtorch", "recipes", "stdout"),
+    "settings": ("errors", "files", "flags", "kinds", "qtorch", "recipes", "stdout"),
     "low_precision": (
         *("apart", "facts", "format_pages", "format_text", "group_facts", "losses", "losses_report", "recipe"),
         *("recipes", "tried", "watcher", "what_if"),
@@ -40,7 +49,69 @@ SURROUNDING = {
 }
 UNKNOWN = "unknown"  # in the place of the fingerprint of a version that recorded none
 LENGTH = 16  # hex digits of a fingerprint
+_OF_FILES = rf"\.[0-9a-f]{{{LENGTH}}}"
+_CHECKOUT = {*SURROUNDING, "sources", *(name.removesuffix(".py") for name in SCRIPTS)}  # modules that count anyhow
 _LEFT_OUT = ("ctx", "kind", "type_comment", "type_ignores")  # fields of a syntax tree that change nothing
+
+
+def fingerprint_of_run(config: Config) -> str:
+    """That of the code, and behind a dot that of the user's own files which the run names, as they are now."""
+    files: dict[str, Path] = {}
+    for name in (config.dataset, config.model_name, config.optimizer):
+        if file := named_file(config.placed(name)):
+            files[str(file.path)] = file.path.absolute()
+        elif path := _added_at_run_time(name):
+            files[str(path)] = path
+    return fingerprint() + (f".{_fingerprint_of_files(files.values())}" if files else "")
+
+
+def fingerprints_of_runs(configs: Iterable[Config]) -> list[str]:
+    """Of each of them; files that several runs name are read once."""
+    of_names: dict[tuple[str, ...], str] = {}
+    codes = []
+    for config in configs:
+        names = tuple(map(config.placed, (config.dataset, config.model_name, config.optimizer)))
+        if names not in of_names:
+            of_names[names] = fingerprint_of_run(config)
+        codes.append(of_names[names])
+    return codes
+
+
+def split_code(code: str) -> tuple[str, str]:
+    """The fingerprint of a record without those of its user's own files, and these alone; "" where there are none."""
+    return re.sub(_OF_FILES, "", code), "+".join(re.findall(_OF_FILES, code))
+
+
+def _fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """Of files, wherever they lie: their names, and what is in them and in what they import from beside them."""
+    cache, lines = _Cache(None), set()
+    for path in paths:
+        todo, followed = {path.name: path}, set(_CHECKOUT)
+        while todo:
+            name, place = todo.popitem()
+            try:
+                facts = cache.of(place)
+            except OSError:  # which says itself what is wrong when it is loaded
+                facts = _Facts("cannot be read")
+            lines.add(f"{name} {facts.digest}\n")
+            for module in facts.imports:
+                if module not in followed and module != path.stem:
+                    followed.add(module)
+                    todo |= _module_files(path.parent, module)
+    return hashlib.sha256("".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()[:LENGTH]
+
+
+def _added_at_run_time(name: str) -> Path | None:
+    """The file of a function that somebody's own program put into a table of ours; None of our own ones."""
+    spec = DATASETS.get(name)
+    functions = [spec.rows, spec.downloaded] if spec else []
+    functions.append(getattr(sys.modules.get("models"), "MODELS", {}).get(name))
+    for function in functions:
+        with contextlib.suppress(TypeError, OSError):
+            path = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").absolute()
+            if path.is_file() and path not in [ROOT / script for script in SCRIPTS]:
+                return path
+    return None
 
 
 @functools.cache
@@ -54,7 +125,7 @@ def fingerprint_of(root: Path, library: Path, cache_file: Path | None = None) ->
     cache = _Cache(cache_file)
     files = _files(root, library)
     digests: dict[str, str] = {}
-    followed = {*SURROUNDING, "sources", *(name.removesuffix(".py") for name in SCRIPTS)}
+    followed = set(_CHECKOUT)
     while files:
         name, path = files.popitem()
         facts = cache.of(path)

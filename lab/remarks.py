@@ -65,7 +65,7 @@ def vanished(optimizer: torch.optim.Optimizer) -> float | None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             moments = optimizer.state.get(p, {})
-            if "exp_avg_sq" in moments:
+            if {"exp_avg", "exp_avg_sq"} <= moments.keys() and isinstance(group.get("eps"), float):
                 far = moments["exp_avg"].abs() > TOO_FAR * group["eps"]
                 counts.append(((moments["exp_avg_sq"] == 0) & far).sum())
                 elements += p.numel()

@@ -22,7 +22,7 @@ from lab.shadow import Shadow
 from low_precision.formats import FLOAT32
 from low_precision.noise import Key
 from low_precision.watcher import Watcher
-from settings.config import Config, ConfigError
+from settings.config import OPTIMIZERS, Config, ConfigError
 
 VERSION = 1  # of what `State.save` gives; another one is refused
 
@@ -141,7 +141,7 @@ class State:
         self.model.load_state_dict(saved["model"])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, moments in saved["optimizer"]["state"].items():
-            for value in moments.values():
+            for value in moments.values() if self.config.optimizer in OPTIMIZERS else ():  # others have what they like
                 _check(not torch.is_tensor(value) or value.shape in ((), parameters[index].shape), "its optimizer")
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.schedule:
@@ -170,7 +170,7 @@ class State:
 
     def _load_code(self, recorded: Any) -> None:
         """recorded: the fingerprints of the code that trained until here; the one that goes on comes behind them."""
-        one = rf"({UNKNOWN}|[0-9a-f]{{{LENGTH}}})"
+        one = rf"({UNKNOWN}|[0-9a-f]{{{LENGTH}}})(\.[0-9a-f]{{{LENGTH}}})?"
         _check(isinstance(recorded, str) and re.fullmatch(rf"{one}(\+{one})*", recorded) is not None, "its code")
         earlier = recorded.split("+")
         self.code = "+".join(earlier if earlier[-1] == self.code else [*earlier, self.code])

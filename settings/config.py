@@ -35,7 +35,7 @@ from low_precision.rules import (
     state_of,
 )
 from low_precision.transforms import Transform, transforms_of
-from settings import kinds, qtorch
+from settings import files, kinds, qtorch
 from settings.errors import ConfigError as ConfigError
 from settings.errors import flag as flag
 from settings.errors import refused as refused
@@ -53,11 +53,11 @@ OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAM
 
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = (
-    *("data_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity"),
+    *("data_dir", "files_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity"),
     *("watch", "watch_also", "shadow"),
 )
 # At their defaults these are not in a record, so that those of before keep their bytes.
-ADDED_LATER = ("recipe", "smallest_state", "transform", "watch", "watch_also", "shadow")
+ADDED_LATER = ("files_dir", "recipe", "smallest_state", "transform", "watch", "watch_also", "shadow")
 # What they decide is in Config.rules and Config.lines.
 RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
 
@@ -86,16 +86,23 @@ class Config:
         "where downloads are kept, or already lie",
         default_text="the user's cache folder",
     )
+    files_dir: str | None = _setting(
+        None,
+        "data",
+        kinds.or_none(kinds.FOLDER),
+        "from where a relative FILE of dataset, model or optimizer is taken",
+        default_text="the current folder",
+    )
     model: str | None = _setting(
         None,
         "training",
-        kinds.or_none(kinds.one_of(*MODEL_NAMES)),
+        kinds.or_none(kinds.name_or_function(MODEL_NAMES, ("models", "MODELS"))),
         "model; cnn and resnet20 need images",
         default_text="the data set's own",
     )
     epochs: int = _setting(2, "training", kinds.whole(0), "passes over the training rows")
     batch_size: int = _setting(256, "training", kinds.whole(1), "rows in a step")
-    optimizer: str = _setting("sgd", "training", kinds.one_of(*OPTIMIZERS), "optimizer")
+    optimizer: str = _setting("sgd", "training", kinds.name_or_function(OPTIMIZERS), "optimizer")
     learning_rate: float = _setting(
         0.01, "training", kinds.POSITIVE, "learning rate; its peak, where there is a schedule"
     )
@@ -241,7 +248,7 @@ class Config:
         if self.model_name in IMAGE_MODELS and spec.shape and len(spec.shape) != 3:
             known = ", ".join(name for name in MODEL_NAMES if name not in IMAGE_MODELS)
             raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
-        if self.momentum and self.optimizer != "sgd":
+        if self.momentum and self.optimizer != "sgd" and self.optimizer in OPTIMIZERS:
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
         if self.watch_also and not self.watch:
             raise refused("watch_also", self.watch_also[0], "none without --watch N")
@@ -262,7 +269,9 @@ class Config:
             qtorch.check(self, rules)
 
     def _check_states(self) -> None:
-        """No site momentum.NAME of a state that the optimizer does not keep."""
+        """No site momentum.NAME of a state that the optimizer does not keep, as far as that is known."""
+        if self.optimizer not in OPTIMIZERS:
+            return
         kept = OPTIMIZERS[self.optimizer] if self.optimizer != "sgd" or self.momentum else ()
         known = [f"momentum.{state}" for state in kept]
         allowed = f"{', '.join(known)} (what {self.optimizer} keeps)"
@@ -301,7 +310,12 @@ class Config:
 
     def resolved(self) -> Config:
         """The same run with nothing left to defaults that depend on other settings."""
-        return replace(self, model=self.model_name, rounding_seed=self.noise_seed)
+        folder = files.folder_to_record(self.files_dir, (self.dataset, self.model_name, self.optimizer))
+        return replace(self, model=self.model_name, rounding_seed=self.noise_seed, files_dir=folder)
+
+    def placed(self, name: str) -> str:
+        """The name of a data set, model or optimizer, a FILE in it where it lies."""
+        return files.placed(name, self.files_dir)
 
     @property
     def model_name(self) -> str:
@@ -334,9 +348,10 @@ class Config:
     @property
     def label(self) -> str:
         """DATASET-PRECISION-ROUNDING, or DATASET-RECIPE where one sets operands: the run's name but for its seed."""
+        dataset = files.label(self.dataset)
         if self.recipe:
-            return f"{self.dataset}-{self.recipe}"
-        parts = [self.dataset, self.precision, *([self.rounding] if self.precision != FLOAT32.name else [])]
+            return f"{dataset}-{self.recipe}"
+        parts = [dataset, self.precision, *([self.rounding] if self.precision != FLOAT32.name else [])]
         return "-".join(re.sub(r"[:/\\\s]", "-", part) for part in parts)  # no file system minds that
 
     @property

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data import DATASETS, spec_of
+from data import DATASETS, FILE_FORMS, spec_of
 from low_precision.errors import SettingError, nearest, shown
 from low_precision.formats import FORMAT_NAMES, format_named
 from low_precision.recipe import is_recipe_name
@@ -29,6 +30,7 @@ from low_precision.transforms import ALLOWED as transforms_allowed
 from low_precision.transforms import product_transforms, texts_of, transforms_of
 from low_precision.tried import ALLOWED as tried_allowed
 from low_precision.tried import tried_named
+from sources.named_file import FORMS, named_file
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,34 @@ def switch(value: Any) -> bool:
 
 
 def dataset_name(value: Any) -> str:
-    """A data set's name."""
+    """A data set's name, or that of a file with one, its ~ expanded."""
     try:
         spec_of(text(value))
     except SettingError as error:
         raise SettingError(None, error.value, error.allowed, error.nearest) from None
-    return value
+    return value if value in DATASETS else os.path.expanduser(value)
+
+
+def name_or_function(names: Iterable[str], table: tuple[str, str] | None = None) -> Kind:
+    """One of these names, or FILE.py:FUNCTION, its ~ expanded.
+
+    table: a module and a table in it, whose names are allowed too where the module is loaded: it needs torch.
+    """
+    allowed = ", ".join((*names, FORMS[".py"]))
+
+    def convert(value: Any) -> str:
+        if value in names:
+            return value
+        added = getattr(sys.modules.get(table[0]), table[1], {}) if table else {}
+        if value in added:
+            return value
+        file = named_file(text(value))
+        if file is None or file.suffix != ".py":
+            more = "".join(f", {name}" for name in added if name not in names)
+            raise SettingError(None, shown(value), allowed + more, nearest(value, (*names, *added)))
+        return os.path.expanduser(value)
+
+    return Kind(allowed, convert)
 
 
 def folder(value: Any) -> str:
@@ -227,7 +251,7 @@ SEED = whole(0, 2**32 - 1)
 POSITIVE = number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
 NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
 FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
-DATASET = Kind(", ".join(DATASETS), dataset_name)
+DATASET = Kind(", ".join((*DATASETS, *FILE_FORMS)), dataset_name)
 FORMAT = Kind(FORMAT_NAMES, format_name)
 ROUNDING = Kind(ROUNDING_NAMES, rounding_name)
 TRANSFORM = Kind(transforms_allowed, transforms)

@@ -1,0 +1,50 @@
+"""Whether a model fits its data: asked of people's own models and data, before anything is recorded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from data import DATASETS, DataSet, Text
+from lab.batches import Batches
+from lab.console import in_a_line
+from settings.config import MODEL_NAMES, Config, refused
+from settings.config import shown_value as shown
+
+
+def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet) -> None:
+    """One pass of the first rows through the model, in its evaluation mode; no random number is used up.
+
+    Of our own models on our own sets nothing is asked. ConfigError for what gives no output of the right shape; what a
+    model of somebody's own raises is raised.
+    """
+    if config.dataset in DATASETS and config.model_name in MODEL_NAMES:
+        return
+    count, processes = batches.data.windows if isinstance(batches.data, Text) else len(batches.data.train_x), batches.processes
+    rows = torch.arange(min(count, 2 * processes.count), device=processes.device)
+    batch = batches.part(rows, torch.Generator())
+    expected = tuple(batch.y.shape) if spec.task == "regression" else (*batch.y.shape, spec.outputs)
+    with torch.no_grad(), torch.random.fork_rng():
+        model.eval()
+        try:
+            output = model(batch.x)
+        except Exception as error:
+            if config.model_name not in MODEL_NAMES:
+                raise
+            what = f"a model for samples of {_kind(batch.x[0])}"
+            raise refused("model", config.model_name, f"{what} ({in_a_line(error)})") from error
+        finally:
+            model.train()
+    if torch.is_tensor(output) and output.is_floating_point() and tuple(output.shape) == expected:
+        return
+    gives = _kind(output) if torch.is_tensor(output) else f"a {type(output).__name__}"
+    value = f"{shown(config.model_name)}, which gives {gives} of {_kind(batch.x)}"
+    raise refused("model", value, f"what gives floats of the shape {expected}, for {_asked(spec)}")
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _asked(spec: DataSet) -> str:
+    return "a target a row" if spec.task == "regression" else f"{spec.outputs} outputs"
