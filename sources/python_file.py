@@ -35,7 +35,7 @@ def function_named(setting: str, name: str) -> Callable[..., Any]:
     file = named_file(name)
     if file is None or file.suffix != ".py":
         raise SettingError(setting, shown(name), FORMS[".py"])
-    module = _module(setting, file.path.absolute())
+    module = _module(setting, name, file.path.absolute())
     function = getattr(module, file.part, None)
     if not callable(function) or file.part.startswith("_"):
         known = [word for word, thing in vars(module).items() if _is_defined_in(thing, module)]
@@ -52,7 +52,14 @@ def call(setting: str, name: str, function: Callable[..., Any], *args: Any, **op
         raise SettingError(setting, f"{name} ({error})", _call_text(args, options)) from None
     except ValueError:  # of a builtin, which has no signature
         pass
-    return function(*args, **options)
+    try:
+        return function(*args, **options)
+    except SystemExit as error:
+        raise RuntimeError(f"it ends the program ({error})") from error
+    except Exception as error:
+        if place_of(error) is None:  # a class that leaves its making to torch: no line of the file was running
+            error.place = _definition(function)  # type: ignore[attr-defined]
+        raise
 
 
 def options_of(function: Callable[..., Any]) -> set[str]:
@@ -72,6 +79,8 @@ def place_of(error: BaseException) -> str | None:
     files = set(map(str, _LOADED))
     folders = {str(path.parent) for path in _LOADED}
     for one in _chain(error):
+        if place := getattr(one, "place", None):
+            return str(place)
         if isinstance(one, SyntaxError) and one.filename and _is_theirs(one.filename, files, folders):
             return f"{_short(one.filename)}:{one.lineno}"
         places = [
@@ -84,21 +93,32 @@ def place_of(error: BaseException) -> str | None:
     return None
 
 
-def _module(setting: str, path: Path) -> ModuleType:
+def _definition(function: Callable[..., Any]) -> str | None:
+    """Where it is defined, if that is in a file that was run here."""
+    try:
+        filename, (_, line) = inspect.getsourcefile(function), inspect.getsourcelines(function)
+    except (TypeError, OSError):
+        return None
+    name = getattr(function, "__name__", "")
+    return f"{_short(filename)}:{line}, in {name}" if filename in map(str, _LOADED) else None
+
+
+def _module(setting: str, name: str, path: Path) -> ModuleType:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise SettingError(setting, f"{shown(path)} ({error.strerror})", f"{FORMS['.py']}, FILE.py there") from None
+        allowed = f"{FORMS['.py']}, FILE.py a file that can be read"
+        raise SettingError(setting, f"{shown(name)} ({error.strerror})", allowed) from None
     digest = hashlib.sha256(raw).hexdigest()
     if path in _LOADED and _LOADED[path][0] == digest:
         return _LOADED[path][1]
-    name = f"file_{hashlib.sha256(str(path).encode(errors='surrogateescape')).hexdigest()[:8]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    module_name = f"file_{hashlib.sha256(str(path).encode(errors='surrogateescape')).hexdigest()[:8]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     _LOADED[path] = ("", module)  # so that place_of knows the file while it runs
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # at the end: a file there hides no package
-    sys.modules[name] = module  # where dataclasses and pickle look for it
+    sys.modules[module_name] = module  # where dataclasses and pickle look for it
     try:
         exec(compile(raw, str(path), "exec"), vars(module))
     except SystemExit as error:

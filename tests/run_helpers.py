@@ -41,6 +41,40 @@ def write_cifar10(folder: Path, count: int = 40, seed: int = 0) -> list[tuple[np
     return batches
 
 
+# Files of somebody's own
+
+OWN_FILE = """
+import torch
+from torch import nn
+
+
+def net(shape, outputs):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0], 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, outputs))
+
+
+def circles():
+    x = torch.randn(80, 2)
+    return x, (x.norm(dim=1) > 1.2).long()
+
+
+def heavy_ball(parameters, learning_rate, weight_decay=0.0, momentum=0.9):
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+"""
+
+
+def house_csv(rows: int = 40) -> str:
+    """A CSV file whose target is twice its first column."""
+    rng = np.random.default_rng(0)
+    lines = [f"{a},{b},{2 * a}" for a, b in rng.normal(size=(rows, 2))]
+    return "\n".join(["rooms,age,price", *lines])
+
+
+def write_own_files(folder: Path) -> None:
+    """mine.py, with net, circles and heavy_ball, and house.csv, with rooms, age and price."""
+    (folder / "mine.py").write_text(OWN_FILE)
+    (folder / "house.csv").write_text(house_csv())
+
+
 # One call of main.py
 
 
