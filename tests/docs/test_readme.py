@@ -12,10 +12,11 @@ import quant
 import report
 import reproduce
 import sweep
+from data import DATASETS
 from low_precision.formats import BLOCKS, NAMED
 from low_precision.rounding import Rounding
 from low_precision.rules import SITES
-from settings.config import DATASETS, MODEL_NAMES, Config, flag
+from settings.config import MODEL_NAMES, Config, flag
 from settings.recipes import RECIPES
 
 README = (ROOT / "README.md").read_text()
