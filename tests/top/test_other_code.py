@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from run_helpers import NOISY_BOSTON, ROOT, bits, only, signal_after, snapshot, stopped, strict_json
 
+import lab.fingerprint
 import report
 import sweep
 import train
@@ -27,8 +28,7 @@ def written_by(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def change(code: str) -> None:
-        monkeypatch.setattr(sweep, "fingerprint", lambda: code)
-        monkeypatch.setattr(train, "fingerprint", lambda: code)
+        monkeypatch.setattr(lab.fingerprint, "fingerprint", lambda: code)
 
     return change
 
@@ -168,7 +168,7 @@ def test_an_unfinished_run_beside_a_record_of_other_code(cli, written_by, monkey
 
 def test_code_that_changes_while_a_sweep_goes_on_is_told(written_by, monkeypatch, capsys):
     written_by(OURS)
-    monkeypatch.setattr(train, "fingerprint", lambda: OTHER)
+    monkeypatch.setattr(train, "fingerprint_of_run", lambda config: OTHER)
     assert sweep.main(FLAGS) == 0
     (said,) = capsys.readouterr().err.splitlines()
     assert said == "the code changed meanwhile: 3 runs are of other code; the same command trains them anew"
