@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import data
 from sources import fashion_mnist
 from sources.download import Remote
 
@@ -139,3 +141,16 @@ def test_the_official_files():
     assert fashion_mnist.FILES[0].urls[0] == (
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-images-idx3-ubyte.gz"
     )
+
+
+@pytest.mark.parametrize("scale_on", ["train", "all"])
+def test_the_set_is_scaled_as_a_whole_and_never_augmented(tmp_path, scale_on):
+    write(tmp_path)
+    split = data.load("fashion_mnist", scale_on=scale_on, data_dir=str(tmp_path))
+    train, test = ARRAYS[0].astype(np.float64), ARRAYS[2].astype(np.float64)
+    fitted = np.concatenate([train, test]) if scale_on == "all" else train
+    expected = (train[:, None] - fitted.mean()) / fitted.std()
+    seen = split.features(split.train_x, torch.Generator().manual_seed(1))
+    np.testing.assert_allclose(seen.numpy(), expected, rtol=1e-6, atol=2e-6)
+    assert (split.train_y.tolist(), split.test_y.tolist()) == (ARRAYS[1].tolist(), ARRAYS[3].tolist())
+    assert (split.spec.own_split, split.train_x.dtype) == ("60,000 + 10,000", torch.uint8)

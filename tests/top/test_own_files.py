@@ -226,3 +226,15 @@ def test_a_row_that_says_something_else_than_its_arrays(monkeypatch):
     monkeypatch.setitem(data.DATASETS, "mine", row)
     with pytest.raises(ValueError, match=r"mine, whose row says regression of \(3,\).*allowed.*\(2,\)"):
         data.load("mine")
+
+
+def test_a_report_says_where_one_file_had_several_contents(mine, capsys):
+    import report
+
+    command = ["--dataset", "house.csv:price", "--jobs", "1", "--epochs", "1", "--seed"]
+    sweep.main([*command, "1"])
+    (mine / "house.csv").write_text(house_csv(30))
+    sweep.main([*command, "2"])
+    capsys.readouterr()
+    report.main(["runs"])
+    assert capsys.readouterr().err.count(" with files ") == 2
