@@ -220,6 +220,8 @@ def vit(
     patch: int = 4,
     dropout: float = 0.0,
 ) -> nn.Module:
+    """A vision transformer of GPT's blocks; patch: pixels of a side of each patch."""
+    _check_image("vit", shape)
     _check(layers, heads, width, dropout)
     if patch < 1 or shape[1] % patch or shape[2] % patch:
         raise _refused(f"patch={patch}", f"a divisor of the sides of an image, {shape[1]} and {shape[2]}")
@@ -258,8 +260,8 @@ def build(
 ) -> nn.Module:
     """A model for samples of that shape; its initial weights depend on the seed alone.
 
-    name: a row of `MODELS`, or FILE.py:FUNCTION. options: keyword parameters of the function that have a default, each a
-    value of the default's type. SettingError for others, and for a function that gives no model.
+    name: a row of `MODELS`, or FILE.py:FUNCTION. options: keyword parameters of the function that have a default, each
+    a value of the default's type. SettingError for others, and for a function that gives no model.
     """
     function = MODELS[name] if name in MODELS else python_file.function_named("model", name)
     torch.manual_seed(seed)
@@ -275,6 +277,8 @@ def build(
 
 def _fitting(name: str, function: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as the model's function takes them: whole numbers are numbers too."""
+    if not options:
+        return {}
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     fitting = {}

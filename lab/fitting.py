@@ -20,7 +20,8 @@ def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet)
     """
     if config.dataset in DATASETS and config.model_name in MODEL_NAMES:
         return
-    count, processes = batches.data.windows if isinstance(batches.data, Text) else len(batches.data.train_x), batches.processes
+    data, processes = batches.data, batches.processes
+    count = data.windows if isinstance(data, Text) else len(data.train_x)
     rows = torch.arange(min(count, 2 * processes.count), device=processes.device)
     batch = batches.part(rows, torch.Generator())
     expected = tuple(batch.y.shape) if spec.task == "regression" else (*batch.y.shape, spec.outputs)

@@ -103,6 +103,20 @@ def test_whole_numbers_stay_and_bytes_are_images(monkeypatch):
     np.testing.assert_allclose(seen.double().std((0, 2, 3), correction=0).numpy(), 1, rtol=1e-5)
 
 
+def test_a_text_and_a_model_that_reads_it(cli, mine):
+    (mine / "verses.txt").write_text("the fog comes in on little feet; the tide goes out on none\n" * 40)
+    (mine / "reader.py").write_text(
+        "from torch import nn\n"
+        "def net(shape, outputs, width=8):\n"
+        "    assert shape == (64,)\n"
+        "    return nn.Sequential(nn.Embedding(outputs, width), nn.Linear(width, outputs))\n"
+    )
+    ran = cli("--dataset", "verses.txt", "--model", "reader.py:net", "--precision", "float8", "--epochs", 2)
+    assert ran.status == 0, ran
+    assert ran.folder.name.startswith("verses-float8-nearest-42-")
+    assert ran.summary["code"].count(".") == 1
+
+
 # Stopped, resumed, swept
 
 
