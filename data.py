@@ -68,6 +68,11 @@ class Data:
     target_deviation: float = 1.0  # what one unit of a scaled regression target is in the set's own units
     image_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # of uint8: mean and deviation, float32 (1, c, 1, 1)
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of the model's options by which the data are made."""
+        return ()
+
     def to(self, device: torch.device, layout: torch.memory_format) -> Data:
         """The same on that device, the features in that layout."""
         x = {name: getattr(self, name).to(device, memory_format=layout) for name in ("train_x", "test_x")}
@@ -114,6 +119,10 @@ class Text(Data):
     """
 
     symbols: str = ""  # the characters, by their numbers
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("context",)
 
     @property
     def context(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -256,16 +256,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(
-    name: str, shape: tuple[int, ...], outputs: int, seed: int, options: Mapping[str, Any] | None = None
+    name: str,
+    shape: tuple[int, ...],
+    outputs: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    of_data: Collection[str] = (),
 ) -> nn.Module:
     """A model for samples of that shape; its initial weights depend on the seed alone.
 
     name: a row of `MODELS`, or FILE.py:FUNCTION. options: keyword parameters of the function that have a default, each
-    a value of the default's type. SettingError for others, and for a function that gives no model.
+    of the default's type. of_data: the names of those that the data are made by, which a function need not take.
+    SettingError for a function that does not take these, or gives no model.
     """
     function = MODELS[name] if name in MODELS else python_file.function_named("model", name)
+    fitting = _fitting(name, function, options or {}, of_data)
     torch.manual_seed(seed)
-    model = python_file.call("model", name, function, shape, outputs, **_fitting(name, function, options or {}))
+    model = python_file.call("model", name, function, shape, outputs, **fitting)
     if not isinstance(model, nn.Module):
         raise SettingError("model", f"{name}, which gives a {type(model).__name__}", "what gives a torch.nn.Module")
     if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in model.parameters()):
@@ -275,18 +282,23 @@ def build(
     return model
 
 
-def _fitting(name: str, function: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as the model's function takes them: whole numbers are numbers too."""
+def _fitting(
+    name: str, function: Callable[..., Any], options: Mapping[str, Any], of_data: Collection[str]
+) -> dict[str, Any]:
+    """The options as the model's function takes them: a whole number is a number too."""
     if not options:
-        return {}
+        return {}  # a function may be none whose parameters can be read
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     fitting = {}
     for option, value in options.items():
-        if option not in defaults:
+        kind = type(defaults.get(option))
+        if option not in defaults and option in of_data:
+            continue
+        if option not in defaults and not takes_all:
             allowed = f"{', '.join(defaults)} ({name}'s)" if defaults else f"none ({name} has no options)"
             raise _refused(option, allowed, nearest(option, defaults))
-        kind = type(defaults[option])
         if kind is float and type(value) is int:
             value = float(value)
         if kind in TYPES and type(value) is not kind:

@@ -49,6 +49,13 @@ class RunRounding:
         """The next batch is these rows of the whole one, so that noise does not depend on the number of processes."""
         self._low.clock.part = BatchPart(rows, first_row)
 
+    def begin_aside(self) -> None:
+        """What the model computes from now on is rounded with noise that does not depend on what it computed before.
+
+        For what comes after the last step and is no part of the training.
+        """
+        self._low.clock.move_to(self._low.clock.step)
+
     def scale(self, loss: Tensor) -> Tensor:
         """The loss to call backward() on."""
         return self._low.scale(loss)

@@ -22,6 +22,7 @@ from lab.fingerprint import fingerprint_of_run
 from lab.fitting import check_fit
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
 from lab.processes import Processes
+from lab.sample import sampled
 from lab.session import Result, Session
 from lab.shadow import Shadow
 from lab.state import State
@@ -43,11 +44,12 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
     code = fingerprint_of_run(config)
     with Processes(device_of(config.device)) as processes:
         rows = (config.placed(config.dataset), config.test_split, config.seed, config.scale_on, config.data_dir)
-        split = processes.first_before_others(lambda: data.load(*rows))
+        split = processes.first_before_others(lambda: data.load(*rows, config.options.get("context", data.CONTEXT)))
         spec, device = split.spec, processes.device
         task, layout = TASKS[spec.task], spec.layout
         split = split.to(device, layout)
-        make_model = partial(models.build, config.placed(config.model_name), spec.shape, spec.outputs, config.seed)
+        built = config.placed(config.model_name), spec.shape, spec.outputs, config.seed, config.options, split.options
+        make_model = partial(models.build, *built)
 
         model = make_model().to(device, memory_format=layout)
         batches = Batches(config, split, processes)
@@ -72,6 +74,9 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
                 check = session.check_in_evaluation(diverged_step)
                 metrics = measured(split, task, rounding, state, processes, check, diverged_step is not None)
                 session.end_epoch(metrics, diverged_step)
+            if config.sample and state.diverged_step is None:
+                draw = partial(sampled, model, split, rounding, config, session.check_in_evaluation(None))
+                session.sample = processes.from_first(draw)
     return session.result
 
 

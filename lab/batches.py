@@ -55,7 +55,7 @@ class Batches:
     def __init__(self, config: Config, data: Data, processes: Processes) -> None:
         """ConfigError where one of the processes would have no row of a batch."""
         self.config, self.data, self.processes = config, data, processes
-        rows = len(data.train_x)
+        self.rows = rows = len(data.train_x)
         self.steps = data.steps(config.batch_size)  # in an epoch
         smallest = rows % config.batch_size or min(config.batch_size, rows)
         if isinstance(data, Text):  # whose windows overlap: every batch is full

@@ -141,3 +141,8 @@ class Progress:
 def _columns() -> int:
     """Of the terminal that stderr is; 0 where it is none."""
     return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+
+
+def printable(text: str) -> str:
+    """The text, with each character that a terminal would obey, but for line ends, as its escape in Python."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

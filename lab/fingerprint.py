@@ -39,7 +39,7 @@ SCRIPTS = ("data.py", "models.py", "quant.py", "train.py")
 SURROUNDING = {
     "lab": (
         *("advice", "checkpoint", "console", "files", "fingerprint", "interrupt", "layers", "record", "remarks"),
-        *("resume", "session", "shadow", "step_lines", "wandb_run"),
+        *("resume", "sample", "session", "shadow", "step_lines", "wandb_run"),
     ),
     "settings": ("errors", "files", "flags", "kinds", "qtorch", "recipes", "stdout"),
     "low_precision": (

@@ -15,7 +15,7 @@ from torch import Tensor
 from lab import checkpoint, remarks
 from lab.advice import advice
 from lab.checkpoint import Due
-from lab.console import Progress, say
+from lab.console import Progress, printable, say
 from lab.environment import environment
 from lab.interrupt import Stop, Stopped
 from lab.layers import layer_lines
@@ -69,6 +69,7 @@ class Session:
         self._step_lines = [layer_lines(state.watcher, processes)] if state.watcher else []
         self._step_lines += [shadow_lines(state.shadow)] if state.shadow else []
         self._untrained: dict[str, float] = {}  # the metrics of a run of no epochs
+        self.sample: str | None = None  # of text
 
     def __enter__(self) -> Session:
         self._record = self._open_record()
@@ -245,6 +246,8 @@ class Session:
         if transforms := state.config.transforms():
             summary["transform"] = {product: str(transform) for product, transform in transforms.items()}
         if status in REPLACING:
+            if self.sample is not None:
+                summary["sample"] = self.sample
             summary |= remarks.measured(state)
             if said := remarks.sentences(state.config, summary, state.spec):
                 summary["remarks"] = said
@@ -288,6 +291,8 @@ def report(result: Result) -> str:
     for name, value in summary.items():
         if name.startswith(("training_", "testing_", "averaged_")):
             lines.append(f"  {name:26} {value:.6g}")
+    if "sample" in summary:
+        lines.append(f"sample:\n{printable(summary['sample'])}")
     if "not_rounded" in summary:
         lines.append(f"not rounded: {summary['not_rounded']}")
     lines.append(f"record: {result.folder}")

@@ -41,9 +41,9 @@ from settings.errors import flag as flag
 from settings.errors import refused as refused
 from settings.errors import shown_value
 from settings.kinds import Kind
+from settings.models import IMAGE_MODELS, OPTIONS, Option, check_model, options_of
+from settings.models import MODEL_NAMES as MODEL_NAMES
 
-MODEL_NAMES = ("linear", "mlp", "cnn", "resnet20", "vit", "gpt")  # models.MODELS builds them
-IMAGE_MODELS = ("cnn", "resnet20", "vit")
 OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAME rounds one of them
     "sgd": ("momentum_buffer",),  # where there is a momentum
     "adam": ("exp_avg", "exp_avg_sq"),
@@ -54,10 +54,11 @@ OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAM
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = (
     *("data_dir", "files_dir", "device", "output_dir", "checkpoint_every", "wandb", "wandb_project", "wandb_entity"),
-    *("watch", "watch_also", "shadow"),
+    *("watch", "watch_also", "shadow", "sample"),
 )
 # At their defaults these are not in a record, so that those of before keep their bytes.
-ADDED_LATER = ("files_dir", "recipe", "smallest_state", "transform", "watch", "watch_also", "shadow")
+ADDED_LATER = ("files_dir", "recipe", "smallest_state", "transform", "watch", "watch_also", "shadow", "model_options")
+ADDED_LATER += ("sample",)
 # What they decide is in Config.rules and Config.lines.
 RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
 
@@ -97,8 +98,16 @@ class Config:
         None,
         "training",
         kinds.or_none(kinds.name_or_function(MODEL_NAMES, ("models", "MODELS"))),
-        "model; cnn and resnet20 need images",
+        f"model; {', '.join(IMAGE_MODELS)} need images, gpt a text",
         default_text="the data set's own",
+    )
+    model_options: str | None = _setting(
+        None,
+        "training",
+        kinds.or_none(OPTIONS),
+        "what the model is like, as layers=4,heads=4,width=128,context=64,dropout=0; context: characters of a window of"
+        " text",
+        default_text="those of its function in models.py",
     )
     epochs: int = _setting(2, "training", kinds.whole(0), "passes over the training rows")
     batch_size: int = _setting(256, "training", kinds.whole(1), "rows in a step")
@@ -217,6 +226,9 @@ class Config:
         "train the same in float32 beside it: shadow.jsonl has how far off this run is",
         default_text="off",
     )
+    sample: int = _setting(
+        0, "records", kinds.whole(0), "so many characters of text that the model makes up at the end; 0: none"
+    )
     wandb: str = _setting(
         "auto",
         "records",
@@ -245,9 +257,7 @@ class Config:
         if not spec.own_split and spec.samples and spec.samples - math.ceil(self.test_split * spec.samples) < 1:
             rows = f"what leaves a training row of the {spec.samples} of {self.dataset}"
             raise refused("test_split", self.test_split, rows)
-        if self.model_name in IMAGE_MODELS and spec.shape and len(spec.shape) != 3:
-            known = ", ".join(name for name in MODEL_NAMES if name not in IMAGE_MODELS)
-            raise refused("model", self.model, f"{known} ({self.dataset} holds no images)")
+        check_model(self, spec)
         if self.momentum and self.optimizer != "sgd" and self.optimizer in OPTIMIZERS:
             raise refused("momentum", self.momentum, f"0 ({self.optimizer} has moments of its own)")
         if self.watch_also and not self.watch:
@@ -320,6 +330,11 @@ class Config:
     @property
     def model_name(self) -> str:
         return self.model or spec_of(self.dataset).model
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The model's options by name."""
+        return options_of(self.model_options) if self.model_options else {}
 
     @property
     def noise_seed(self) -> int:
@@ -398,6 +413,8 @@ class Config:
         sites = [*rules, *(line.site for line in lines)]
         if not (self.smallest_state and any(site.partition(".")[0] in ("momentum", EVERY) for site in sites)):
             del others["smallest_state"]
+        if self.model_options is None:
+            del others["model_options"]
         all_rules = [*rules.values(), *(line.rule for line in lines)]
         draws = any(transform.draws for transform in transforms.values())
         draws = draws or any(is_random(r.rounding) and r.format != FLOAT32 for r in all_rules)

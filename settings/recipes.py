@@ -13,6 +13,7 @@ from low_precision.recipe import Recipe, wrapped
 from low_precision.rules import OPERANDS, PRODUCTS, site_line
 from low_precision.transforms import texts_of
 from settings.config import RULES_FIELDS, Config, flag, refused
+from settings.models import BLOCK_MODELS, HEADS
 
 NONE = "none"  # --recipe none: no recipe
 
@@ -98,12 +99,20 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def table() -> str:
     """What `--list-recipes` prints."""
-    head = [
-        "Explicit flags win over a recipe's, one by one: of --site those for the same site, of --transform those for",
-        "the same product. In what stays wider, head and blocks stand for the names in your model. --recipe none is no",
-        "recipe.",
-    ]
-    return "\n\n".join(["\n".join(head), *map(described, RECIPES.values())])
+    blocks = " and ".join(BLOCK_MODELS)
+    text = (
+        "Explicit flags win over a recipe's, one by one: of --site those for the same site, of --transform those for"
+        f" the same product. In what stays wider, head and blocks are the names in {blocks}; {_heads()}. In a model of"
+        " your own, they stand for its names. --recipe none is no recipe."
+    )
+    head = "\n".join(line.removeprefix("  ") for line in wrapped(text))
+    return "\n\n".join([head, *map(described, RECIPES.values())])
+
+
+def _heads() -> str:
+    """What the last layer is called in the models in which it is not "head"."""
+    by_name = {name: [model for model in HEADS if HEADS[model] == name] for name in HEADS.values() if name != "head"}
+    return "the head is " + ", ".join(f"{name} in {' and '.join(models)}" for name, models in by_name.items())
 
 
 def described(recipe: Recipe) -> str:
