@@ -204,10 +204,20 @@ class ViT(nn.Module):
 
 
 def gpt(
-    shape: tuple[int, ...], outputs: int, layers: int = 4, heads: int = 4, width: int = 128, dropout: float = 0.0
+    shape: tuple[int, ...],
+    outputs: int,
+    layers: int = 4,
+    heads: int = 4,
+    width: int = 128,
+    context: int | None = None,
+    dropout: float = 0.0,
 ) -> nn.Module:
-    """nanoGPT's small one. shape: (context,), the most tokens that it reads at a time; outputs: symbols."""
+    """GPT. shape: (context,), the most tokens that it reads at a time; context: the same again. outputs: symbols."""
     _check(layers, heads, width, dropout)
+    if len(shape) != 1:
+        raise SettingError("model", f"gpt for samples of the shape {shape}", "a text, whose samples are (context,)")
+    if context not in (None, *shape):
+        raise _refused(f"context={context}", f"that of the text, whose samples have the shape {shape}")
     return GPT(outputs, shape[0], layers, heads, width, dropout)
 
 

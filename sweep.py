@@ -185,6 +185,8 @@ def to_train(configs: Sequence[Config], keep: bool) -> list[Config]:
         other = finished and summary.get("code") != code
         others, without = others + other, without + (other and "code" not in summary)
         missing = lacking(folder, config) if finished else []
+        if finished and len(summary.get("sample", "")) < config.sample and summary["status"] != "diverged":
+            missing.append("sample")
         if not finished or (other and not keep) or missing:
             todo.append(config)
         lack.update(missing)

@@ -161,7 +161,7 @@ class Coverage:
         functions: Counter[str] = Counter()
         for row in self.not_rounded:
             if row.tensor == ELEMENTWISE:
-                functions[_base(row.function)] += row.times
+                functions[_base(row.function) or row.kind.lower()] += row.times  # a layer by its kind
             elif row.tensor == "activations":
                 functions["products"] += row.times
             else:

@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_contract():
     image = {"digits": "cnn", "cifar10": "resnet20", "fashion_mnist": "cnn"}
     regression = dict.fromkeys(("toy", "boston", "diabetes"), "linear")
     models = {name: Config(dataset=name).model_name for name in DATASETS}
-    assert models == image | regression | {"breast_cancer": "mlp"}
+    assert models == image | regression | {"breast_cancer": "mlp", "shakespeare": "gpt"}
 
 
 def test_is_frozen():

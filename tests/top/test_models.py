@@ -19,6 +19,7 @@ FITTING = [
     (name, dataset)
     for name in MODEL_NAMES
     for dataset in DATASETS
+    if name != "gpt" and DATASETS[dataset].task != "language"
     if len(DATASETS[dataset].shape) == 3 or name in ("linear", "mlp")
 ]
 
@@ -94,7 +95,7 @@ def test_resnet20_starts_from_he_weights():
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_initial_weights_depend_on_the_seed_alone(name):
-    shape = (1, 8, 8)
+    shape = (16,) if name == "gpt" else (1, 8, 8)
     first = models.build(name, shape, 10, 1).state_dict()
     torch.manual_seed(99)
     torch.rand(7)
