@@ -41,7 +41,7 @@ SURROUNDING = {
         *("advice", "checkpoint", "console", "files", "fingerprint", "interrupt", "layers", "record", "remarks"),
         *("resume", "sample", "session", "shadow", "step_lines", "wandb_run"),
     ),
-    "settings": ("errors", "files", "flags", "kinds", "qtorch", "recipes", "stdout"),
+    "settings": ("checks", "errors", "files", "flags", "kinds", "qtorch", "recipes", "records", "setting", "stdout"),
     "low_precision": (
         *("apart", "facts", "format_pages", "format_text", "group_facts", "losses", "losses_report", "recipe"),
         *("recipes", "tried", "watcher", "what_if"),

@@ -1,0 +1,55 @@
+"""The settings of the training: model, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from settings import kinds
+from settings.models import IMAGE_MODELS, MODEL_NAMES, OPTIONS
+from settings.setting import of_group
+
+OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAME rounds one of them
+    "sgd": ("momentum_buffer",),  # where there is a momentum
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "collage": ("exp_avg", "exp_avg_sq", "weight_rest", "exp_avg_sq_rest"),  # AdamW in bfloat16, of pairs
+}
+
+setting = of_group("training")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What learns, and how."""
+
+    model: str | None = setting(
+        None,
+        kinds.or_none(kinds.name_or_function(MODEL_NAMES, ("models", "MODELS"))),
+        f"model; {', '.join(IMAGE_MODELS)} need images, gpt a text",
+        default_text="the data set's own",
+    )
+    model_options: str | None = setting(
+        None,
+        kinds.or_none(OPTIONS),
+        "what the model is like, as layers=4,heads=4,width=128,context=64,dropout=0; context: characters of a window of"
+        " text",
+        default_text="those of its function in models.py",
+    )
+    epochs: int = setting(2, kinds.whole(0), "passes over the training rows")
+    batch_size: int = setting(256, kinds.whole(1), "rows in a step")
+    optimizer: str = setting("sgd", kinds.name_or_function(OPTIMIZERS), "optimizer")
+    learning_rate: float = setting(0.01, kinds.POSITIVE, "learning rate; its peak, where there is a schedule")
+    momentum: float = setting(0.0, kinds.NOT_NEGATIVE, "momentum of sgd")
+    weight_decay: float = setting(0.0, kinds.NOT_NEGATIVE, "weight decay, as the optimizer defines it")
+    schedule: str = setting(
+        "constant",
+        kinds.one_of("constant", "cosine", "onecycle"),
+        "learning rate over the steps of the run",
+    )
+    average_last: float = setting(
+        0.0,
+        kinds.number("a fraction, 0 <= f <= 1", lambda f: 0 <= f <= 1),
+        "share of the epochs, the last ones, whose weights are averaged in float32; the average is tested at the end",
+    )
+    seed: int = setting(42, kinds.SEED, "split, initial weights, order of the rows, and rounding noise")
+    device: str = setting("auto", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there")
