@@ -21,6 +21,7 @@ from lab.environment import device_of
 from lab.fingerprint import fingerprint_of_run
 from lab.fitting import check_fit
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
+from lab.plan import Plan
 from lab.processes import Processes
 from lab.sample import sampled
 from lab.session import Result, Session
@@ -57,34 +58,34 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
         plain = copy.deepcopy(model) if config.shadow else None  # before its weights are rounded
         optimizer = optimizers.build(config, model)
         rounding = quant.round_run(config, model, optimizer, processes.any_of if processes.count > 1 else None)
-        steps = config.epochs * batches.steps
-        schedule = optimizers.schedule(config, optimizer, steps)
-        average = Average(config, make_model().to(memory_format=layout)) if config.average_last else None
-        shadow = Shadow(config, plain, steps, processes.wrap, config.watch or 1) if plain else None
+        plan = Plan.of(config, batches.steps)
+        schedule = optimizers.schedule(config, optimizer, plan.steps)
+        average = Average(config, plan, make_model().to(memory_format=layout)) if config.average_last else None
+        shadow = Shadow(config, plain, plan.steps, processes.wrap, config.watch or 1) if plain else None
         sums = TrainMetrics(task), Losses(device), average
-        state = State(config, spec, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
-        session = Session(state, rounding, processes, batches.steps, resume, quiet or not processes.first, started)
+        state = State(config, spec, plan, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
+        session = Session(state, rounding, processes, resume, quiet or not processes.first, started)
         whole_model = processes.wrap(model)
 
         with session:
-            if not config.epochs:
+            if not plan.steps:
                 session.untrained(processes.from_first(lambda: evaluate(model, split, task)))
             while not state.finished:
-                diverged_step = train_epoch(whole_model, batches, task, rounding, state, session)
+                diverged_step = train_until_evaluation(whole_model, batches, task, rounding, state, session)
                 check = session.check_in_evaluation(diverged_step)
-                metrics = measured(split, task, rounding, state, processes, check, diverged_step is not None)
-                session.end_epoch(metrics, diverged_step)
+                metrics = measured(split, task, rounding, state, processes, check, diverged_step)
+                session.end_evaluation(metrics, diverged_step)
             if config.sample and state.diverged_step is None:
                 draw = partial(sampled, model, split, rounding, config, session.check_in_evaluation(None))
                 session.sample = processes.from_first(draw)
     return session.result
 
 
-def train_epoch(
+def train_until_evaluation(
     model: nn.Module, batches: Batches, task: Task, rounding: RunRounding, state: State, session: Session
 ) -> int | None:
-    """One pass over the training rows, from where `state` is; the step whose loss is not finite, None where none is."""
-    state.begin_epoch()
+    """The steps up to the next evaluation, from where `state` is; the one whose loss is not finite, or None."""
+    state.begin_measuring()
     model.train()
     try:
         for rows in batches.remaining(state):
@@ -131,18 +132,18 @@ def measured(
     state: State,
     processes: Processes,
     check: Callable[[], None] | None,
-    diverged: bool,
+    diverged_step: int | None,
 ) -> Metrics:
-    """An epoch's metrics: training, the test set's, at the end those of the averaged weights, and the loss scale's.
+    """An evaluation's metrics: training, the test set's, at the end those of the averaged weights, the loss scale's.
 
     check: called now and then, to stop in the middle.
     """
-    epoch, average = state.epoch + 1, state.average
-    metrics: Metrics = {"epoch": epoch, **state.metrics.values()}
+    number, average = len(state.history) + 1, state.average
+    metrics: Metrics = {**state.plan.place(number, diverged_step or state.step), **state.metrics.values()}
     metrics |= processes.from_first(lambda: evaluate(state.model, split, task, check))
-    if average and not diverged:
-        average.update(state.model, epoch)
-        if epoch == state.config.epochs:
+    if average and diverged_step is None:
+        average.update(state.model, number)
+        if number == state.plan.evaluations:
             metrics |= processes.from_first(lambda: average.measured(split, task, check))
     if rounding.loss_scale.dynamic:
         metrics |= {"loss_scale": rounding.loss_scale.value, "skipped_steps": rounding.loss_scale.skipped}

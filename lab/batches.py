@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,10 +62,16 @@ class Batches:
         if smallest < processes.count:
             rows = f"a row for each of {processes.count} processes in the last batch too ({rows} rows)"
             raise refused("batch_size", config.batch_size, f"what leaves {rows}")
+        self._epoch: tuple[int, Sequence[Tensor]] = (0, ())  # whose batches are known, and the row numbers of each
 
     def remaining(self, state: State) -> Iterator[Tensor]:
-        """Row numbers of each batch that is left of the next epoch: of all, unless a resumed run is in its middle."""
-        return islice(batch_rows(self.data, self.config, state.epoch + 1, self.processes.device), state.batch, None)
+        """Row numbers of each batch from where the state is to its next evaluation, over the ends of epochs."""
+        while state.step < state.next_evaluation:
+            epochs, number = divmod(state.step, self.steps)
+            if self._epoch[0] != epochs + 1:
+                self._epoch = epochs + 1, batch_rows(self.data, self.config, epochs + 1, self.processes.device)
+            state.begin_batch()
+            yield self._epoch[1][number]
 
     def part(self, rows: Tensor, noise: torch.Generator) -> Batch:
         """This process's part of the batch of these rows; images are augmented with `noise`, which moves on."""
@@ -75,20 +80,20 @@ class Batches:
         return Batch(x, y, part.start, len(rows), self.processes, self.config.seed)
 
 
-def batch_rows(data: Data, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
+def batch_rows(data: Data, config: Config, epoch: int, device: torch.device) -> Sequence[Tensor]:
     """Row numbers of each batch of that epoch, of a text where its windows begin. They depend on (seed, epoch)."""
     if not isinstance(data, Text):
         return row_numbers(len(data.train_x), config, epoch, device)
     starts = torch.randint(
         data.windows, (data.steps(config.batch_size), config.batch_size), generator=_order(config, epoch)
     )
-    return iter(starts.to(device).unbind())
+    return starts.to(device).unbind()
 
 
-def row_numbers(rows: int, config: Config, epoch: int, device: torch.device) -> Iterator[Tensor]:
+def row_numbers(rows: int, config: Config, epoch: int, device: torch.device) -> Sequence[Tensor]:
     """Each row once, in an order of this epoch; a batch of all rows leaves it alone."""
     order = torch.arange(rows) if config.batch_size >= rows else torch.randperm(rows, generator=_order(config, epoch))
-    yield from order.to(device).split(min(config.batch_size, rows))
+    return order.to(device).split(min(config.batch_size, rows))
 
 
 def _order(config: Config, epoch: int) -> torch.Generator:

@@ -104,14 +104,20 @@ def code_of(folder: Path) -> str | None:
 
 
 class Due:
-    """When the next checkpoint is to be written. every: as in Config.checkpoint_every."""
+    """When the next checkpoint is to be written."""
 
-    def __init__(self, every: str) -> None:
-        self.epochs, self.seconds = epochs_or_seconds(every)
-        self.written = time.monotonic()
+    def __init__(self, every: str, in_epoch: int, step: int) -> None:
+        """every: as in Config.checkpoint_every. in_epoch: steps of an epoch. step: the steps that are done already."""
+        epochs, self.seconds = epochs_or_seconds(every)
+        self.steps = None if epochs is None else epochs * in_epoch
+        self.was_written(step)
 
-    def after_step(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.written >= self.seconds
+    def was_written(self, step: int) -> None:
+        """One has just been written after that step."""
+        self.written, self._step = time.monotonic(), step
 
-    def after_epoch(self, epoch: int) -> bool:
-        return self.after_step() or (self.epochs is not None and epoch % self.epochs == 0)
+    def after_step(self, step: int) -> bool:
+        """Whether one is due after that step, which is evaluated already if it is to be."""
+        if self.seconds is not None:
+            return time.monotonic() - self.written >= self.seconds
+        return self.steps is not None and step % self.steps == 0 and step != self._step

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import low_precision
+from lab.plan import Plan
 from settings.config import Config
 from sources.python_file import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EPOCH_SECONDS = 10.0  # where there is no terminal: between two lines of epochs, tenths of a run aside
-STEP_SECONDS = 30.0  # and the longest time without a line, within an epoch too
+EVALUATION_SECONDS = 10.0  # where there is no terminal: between two lines of evaluations, tenths of a run aside
+STEP_SECONDS = 30.0  # and the longest time without a line, between two evaluations too
 REFRESH_SECONDS = 1.0  # on a terminal: between two looks at the loss, each of which waits for the device
 
 
@@ -80,15 +81,15 @@ def _from_here(path: Path) -> str:
 class Progress:
     """A bar on a terminal, a line now and then elsewhere (and where a terminal says it has no columns); on stderr."""
 
-    def __init__(self, config: Config, steps: int, done: int, quiet: bool = False) -> None:
-        """steps: in an epoch. done: steps of a run that goes on. quiet: nothing at all."""
-        self.quiet, self.epochs, self.steps, self.done = quiet, config.epochs, steps, done
+    def __init__(self, config: Config, plan: Plan, done: int, quiet: bool = False) -> None:
+        """done: steps of a run that goes on. quiet: nothing at all."""
+        self.quiet, self.epochs, self.plan, self.done = quiet, config.epochs, plan, done
         self.bar = None
-        if not quiet and config.epochs > 0 and _columns() > 0:
+        if not quiet and plan.steps > 0 and _columns() > 0:
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=config.epochs * steps,
+                total=plan.steps,
                 initial=done,
                 desc=config.name,
                 leave=False,
@@ -97,7 +98,7 @@ class Progress:
                 bar_format="{desc}{postfix} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
             )
         self._said = self._looked = time.monotonic()
-        self._tested = ""  # the last epoch's metric, for the bar
+        self._tested = ""  # the last evaluation's metric, for the bar
 
     def step(self, loss: Tensor) -> None:
         """A step is done; loss: its training loss, ()."""
@@ -113,23 +114,30 @@ class Progress:
                 self.bar.update()
         elif now - self._said >= STEP_SECONDS:
             self._said = now
-            epoch, step = divmod(self.done - 1, self.steps)
-            say(f"epoch {epoch + 1}/{self.epochs}  step {step + 1}/{self.steps}  loss {float(loss):.4g}")
+            say(f"{self._place_of(self.done)}  loss {float(loss):.4g}")
 
-    def epoch(self, metrics: dict[str, float | int | None]) -> None:
-        """An epoch is done, with these metrics."""
+    def _place_of(self, step: int) -> str:
+        if self.plan.by_step:
+            return f"step {step}/{self.plan.steps}"
+        epoch, number = divmod(step - 1, self.plan.in_epoch)
+        return f"epoch {epoch + 1}/{self.epochs}  step {number + 1}/{self.plan.in_epoch}"
+
+    def evaluated(self, metrics: dict[str, float | int | None], number: int) -> None:
+        """The evaluation of that number is done, the first one being 1, with these metrics."""
         if self.quiet:
             return
         shown = {name: value for name, value in metrics.items() if name.endswith(("_mse", "_loss", "_accuracy"))}
         texts = {name: f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in shown.items()}
         if self.bar:
-            self._tested = next((texts[name] for name in ("testing_accuracy", "testing_mse") if name in texts), "")
+            tested = ("testing_accuracy", "testing_mse", "testing_loss")
+            self._tested = next((texts[name] for name in tested if name in texts), "")
             self.bar.set_postfix_str(self._tested, refresh=False)
             return
-        epoch, now = int(metrics["epoch"] or 0), time.monotonic()
-        tenth = epoch * 10 // self.epochs > (epoch - 1) * 10 // self.epochs
-        if tenth or now - self._said > EPOCH_SECONDS:
-            say("  ".join([f"epoch {epoch}/{self.epochs}", *texts.values()]))
+        evaluations, now = self.plan.evaluations, time.monotonic()
+        tenth = number * 10 // evaluations > (number - 1) * 10 // evaluations
+        if tenth or now - self._said > EVALUATION_SECONDS:
+            epoch = f"epoch {number}/{self.epochs}"
+            say("  ".join([self._place_of(self.done) if self.plan.by_step else epoch, *texts.values()]))
             self._said = now
 
     def close(self) -> None:

@@ -50,25 +50,25 @@ def status(folder: Path) -> str | None:
 
 
 def unfinished(output_dir: str | os.PathLike, name: str) -> list[tuple[Path, int]]:
-    """The records of that name that --resume can go on with, and their epochs: the furthest first.
+    """The records of that name that --resume can go on with, and the number of their evaluations: the furthest first.
 
-    Without the epochs, and last, those that have no checkpoint yet and begin anew.
+    With none of them, and last, those that have no checkpoint yet and begin anew.
     """
     records = []
     for folder in [Path(output_dir) / name, *siblings(Path(output_dir) / name, "partial")]:
         if (folder.name == name and status(folder) in REPLACING) or not (folder / "config.json").is_file():
             continue
-        epochs = 0
+        lines = 0
         try:
             with open(folder / "metrics.jsonl", "r+b") as file:
                 _lock(file)
                 if any((folder / checkpoint).is_file() for checkpoint in CHECKPOINTS):
-                    epochs = read(folder / "metrics.jsonl").count(b"\n")
+                    lines = read(folder / "metrics.jsonl").count(b"\n")
         except FileNotFoundError:  # killed at its very beginning
             pass
         except OSError:  # in use, or nothing to write to
             continue
-        records.append((folder, epochs))
+        records.append((folder, lines))
     return sorted(records, key=lambda record: -record[1])
 
 
@@ -84,7 +84,7 @@ class NoRecord:
 
     folder, notes = Path(os.devnull), ()
 
-    def epoch(self, metrics: dict[str, float | int | None]) -> None: ...
+    def evaluation(self, metrics: dict[str, float | int | None]) -> None: ...
 
     def lines(self, name: str, rows: list[dict]) -> None: ...
 
@@ -200,7 +200,7 @@ class Record:
                     (self.folder / name).unlink(missing_ok=True)
             self._metrics.seek(0)
             kept = b"".join(self._lines)
-            if self._metrics.read(len(kept)) == kept:  # the epochs after the checkpoint come again
+            if self._metrics.read(len(kept)) == kept:  # what came after the checkpoint comes again
                 self._metrics.truncate(len(kept))
             else:
                 self._metrics.truncate(0)
@@ -210,7 +210,7 @@ class Record:
             self._metrics.close()
             raise
 
-    def epoch(self, metrics: dict[str, float | int | None]) -> None:
+    def evaluation(self, metrics: dict[str, float | int | None]) -> None:
         """Append one line to metrics.jsonl. At any moment, a kill -9 included, the file holds whole lines only."""
         self._restore()
         line = to_json(metrics).encode()
@@ -261,7 +261,7 @@ class Record:
         older record is NAME.old-PID and the new one still NAME.partial-PID, both whole. Afterwards the older one is
         deleted, with whatever killed or interrupted runs left under the same name and no process has in use.
         Any other status replaces nothing: where the place is taken, the folder stays NAME.partial-PID. "failed" before
-        the first epoch or checkpoint leaves nothing: the path returned then does not exist.
+        the first evaluation or checkpoint leaves nothing: the path returned then does not exist.
         """
         empty = not self._lines and self._checkpoint is None
         if summary["status"] == "failed" and empty and self._created is not None:

@@ -79,8 +79,9 @@ def _recorded(folder: Path, text: str) -> Config:
 
 def offer(config: Config) -> None:
     """A line about an unfinished run of this configuration, if there is one."""
-    for folder, epochs in unfinished(config.output_dir, config.folder_name)[:1]:
-        if epochs:
-            done = f"{epochs} of {config.epochs} epochs are in {folder}"
+    for folder, evaluations in unfinished(config.output_dir, config.folder_name)[:1]:
+        if evaluations:
+            done = f"{evaluations} evaluations" if config.is_by_step else f"{evaluations} of {config.epochs} epochs"
+            done += f" are in {folder}"
             resume = command("main.py", "--resume", str(folder))
             say(f"unfinished before: {done}; to go on with it: {resume}; this starts anew")

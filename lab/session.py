@@ -25,7 +25,7 @@ from lab.record import REPLACING, NoRecord, Record
 from lab.resume import RunEnded
 from lab.shadow import shadow_lines
 from lab.state import State
-from lab.step_lines import LAYERS, LinesFile, asked_for, by_epoch
+from lab.step_lines import LAYERS, LinesFile, asked_for, by_evaluation
 from lab.wandb_run import Wandb
 from quant import RunRounding
 from settings.config import Config
@@ -57,25 +57,24 @@ class Session:
         state: State,
         rounding: RunRounding,
         processes: Processes,
-        steps: int,
         resume: Path | None,
         quiet: bool,
         started: float,
     ) -> None:
-        """steps: in an epoch. resume: the folder of the record to go on with. started: monotonic seconds."""
-        self.state, self._rounding, self._processes, self._steps = state, rounding, processes, steps
+        """resume: the folder of the record to go on with. started: monotonic seconds."""
+        self.state, self._rounding, self._processes = state, rounding, processes
         self._resume, self._quiet, self._started = resume, quiet, started
         self._stop = Stop()
         self._step_lines = [layer_lines(state.watcher, processes)] if state.watcher else []
         self._step_lines += [shadow_lines(state.shadow)] if state.shadow else []
-        self._untrained: dict[str, float] = {}  # the metrics of a run of no epochs
+        self._untrained: dict[str, float] = {}  # the metrics of a run of no steps
         self.sample: str | None = None  # of text
 
     def __enter__(self) -> Session:
         self._record = self._open_record()
         self._wandb = self._open_wandb()
-        self.progress = Progress(self.state.config, self._steps, self.state.step, quiet=self._quiet)
-        self._due = Due(self.state.config.checkpoint_every)
+        self.progress = Progress(self.state.config, self.state.plan, self.state.step, quiet=self._quiet)
+        self._due = Due(self.state.config.checkpoint_every, self.state.plan.in_epoch, self.state.step)
         self._stop.__enter__()
         return self
 
@@ -95,18 +94,18 @@ class Session:
         """
         return self._stop.check if diverged_step is None and self._processes.count == 1 else None
 
-    def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
-        """Records the epoch's metrics. diverged_step: the step that ended it early."""
-        self._record.epoch(metrics)
+    def end_evaluation(self, metrics: Metrics, diverged_step: int | None) -> None:
+        """Records the metrics of an evaluation. diverged_step: the step that ended the run early."""
+        self._record.evaluation(metrics)
         self._write_lines()
-        self.state.end_epoch(metrics, diverged_step)
+        self.state.end_evaluation(metrics, diverged_step)
         self._log_at_wandb(self._wandb, metrics)
-        self.progress.epoch(metrics)
-        if self._processes.any_of(self.state.finished or self._due.after_epoch(self.state.epoch)):
+        self.progress.evaluated(metrics, len(self.state.history))
+        if self._processes.any_of(self.state.finished or self._due.after_step(self.state.step)):
             self._write_checkpoint()
 
     def untrained(self, metrics: dict[str, float]) -> None:
-        """Records the metrics of a run of no epochs."""
+        """Records the metrics of a run of no steps."""
         self._untrained = metrics
         self._write_checkpoint()
 
@@ -142,7 +141,7 @@ class Session:
 
     def _asked(self) -> bool:
         """Whether a checkpoint is due; raises Stopped if one of the processes was asked to stop."""
-        stopping, writing = self._processes.any(self._stop.asked > 0, self._due.after_step())
+        stopping, writing = self._processes.any(self._stop.asked > 0, self._due.after_step(self.state.step))
         if stopping:
             raise Stopped(self._stop.number)
         return writing
@@ -153,18 +152,18 @@ class Session:
             self._record.lines(lines.name, lines.take())
 
     def _log_at_wandb(self, wandb: Wandb, metrics: Metrics) -> None:
-        """An epoch's metrics, and the last that was seen of its steps."""
+        """The metrics of an evaluation, and the last that was seen of the steps before it."""
         numbers, histograms = wandb_keys(metrics), {}
         for lines in self._step_lines:
             more, of_these = lines.for_wandb()
             numbers, histograms = numbers | more, histograms | of_these
-        wandb.log(numbers, int(metrics["epoch"] or 0), histograms)
+        wandb.log(numbers, int(metrics.get("step") or metrics["epoch"] or 0), histograms)
 
     def _write_checkpoint(self) -> None:
         self._processes.check_same(self._replicated())
         self._write_lines()
         self._record.checkpoint(checkpoint.pack(self.state.save(time.monotonic() - self._started)))
-        self._due.written = time.monotonic()
+        self._due.was_written(self.state.step)
 
     def _replicated(self) -> Iterator[Tensor]:
         """What must have the same bits in every process. Batch norm's statistics are those of the first one."""
@@ -185,7 +184,7 @@ class Session:
         folder = self._resume
         last = self._processes.from_first(lambda: checkpoint.latest(folder))
         if last:
-            self.state.load(last.state, self._steps, folder / last.name)
+            self.state.load(last.state, folder / last.name)
         if not self._first:
             return NoRecord()
         file = (last.name, last.raw) if last else None
@@ -196,26 +195,29 @@ class Session:
             return record
         for note in last.notes:
             say(f"{note}; going on from {last.name}")
-        say(f"resuming {folder} after epoch {self.state.epoch} of {config.epochs}, step {self.state.step}")
+        epochs = "" if self.state.plan.by_step else f"epoch {self.state.epochs} of {config.epochs}, "
+        of_steps = f" of {self.state.plan.steps}" if self.state.plan.by_step else ""
+        say(f"resuming {folder} after {epochs}step {self.state.step}{of_steps}")
         if len(codes := self.state.code.split("+")) > 1:
             others = ", ".join(codes[:-1])
             say(f"the code has changed: until here the run was trained by {others}, from here on by {codes[-1]}")
         return record
 
     def _open_wandb(self) -> Wandb:
-        """The run at wandb, with the epochs that are behind it; none but for the first process."""
+        """The run at wandb, with the evaluations that are behind it; none but for the first process."""
         state = self.state
         config = state.config if self._first else replace(state.config, wandb="disabled")
         where = (config.wandb, config.wandb_project, config.wandb_entity)
         wandb = Wandb(*where, config.name, config.group, config.as_dict(), config.output_dir, state.wandb_id)
         state.wandb_id = wandb.id or state.wandb_id
-        before = {lines: by_epoch(self._record.lines_before(lines.name), self._steps) for lines in self._step_lines}
-        for metrics in state.history:
+        every = state.plan.every
+        before = {lines: by_evaluation(self._record.lines_before(lines.name), every) for lines in self._step_lines}
+        for number, metrics in enumerate(state.history, 1):
             for lines, rows in before.items():
-                lines.saw(rows.get(int(metrics["epoch"] or 0), []))
+                lines.saw(rows.get(number, []))
             self._log_at_wandb(wandb, metrics)
-        for lines, rows in before.items():  # of an epoch that is not at its end
-            lines.saw(rows.get(state.epoch + 1, []))
+        for lines, rows in before.items():  # of steps that are not evaluated yet
+            lines.saw(rows.get(len(state.history) + 1, []))
         return wandb
 
     def _close_wandb(self, summary: dict[str, Any], failed: bool) -> list[str]:
@@ -232,9 +234,11 @@ class Session:
         if failure:
             status = "interrupted" if isinstance(failure, KeyboardInterrupt) else "failed"
         summary: dict[str, Any] = {"name": state.config.name, "status": status}
-        summary |= {"epochs": state.epoch, "steps": state.step}
+        epochs = state.plan.epochs(state.step) if state.plan.by_step else state.epochs
+        summary |= {"epochs": epochs, "steps": state.step}
         summary |= state.history[-1] if state.history else self._untrained
-        summary.pop("epoch", None)
+        for name in ("epoch", "step"):
+            summary.pop(name, None)
         if state.diverged_step is not None:
             summary["diverged_step"] = state.diverged_step
         seconds = round(state.seconds + time.monotonic() - self._started, 3)

@@ -17,6 +17,7 @@ from lab.checkpoint import CheckpointError, first_line
 from lab.fingerprint import LENGTH, UNKNOWN
 from lab.metrics import Losses, Metrics, TrainMetrics
 from lab.optimizers import Schedule
+from lab.plan import Plan
 from lab.remarks import SecondMoments
 from lab.shadow import Shadow
 from low_precision.formats import FLOAT32
@@ -29,25 +30,28 @@ VERSION = 1  # of what `State.save` gives; another one is refused
 
 @dataclass
 class State:
-    """All that moves while a run trains. Data order and rounding noise need nothing: seed, epoch and step say them."""
+    """All that moves while a run trains. Data order and rounding noise need nothing: seed and step say them.
+
+    Where the run is follows from the steps and the lines of metrics.jsonl: between two evaluations, or before the one
+    that comes after the last of these steps.
+    """
 
     config: Config
     spec: DataSet  # of what it learns from, as loaded
+    plan: Plan
     model: nn.Module
     optimizer: torch.optim.Optimizer  # its state_dict holds the accumulator and the loss scale too
     schedule: Schedule | None
-    metrics: TrainMetrics  # the epoch's so far
+    metrics: TrainMetrics  # since the last evaluation
     losses: Losses
     average: Average | None = None  # of the weights
     command: str | None = None
     code: str = UNKNOWN  # the fingerprint of the code that trains; where that changed on the way, all of them: A+B
     watcher: Watcher | None = None  # hears what rounding loses
     shadow: Shadow | None = None  # the same training in float32
-    epoch: int = 0  # epochs done
-    batch: int = 0  # batches done of the next one
-    step: int = 0
+    step: int = 0  # steps done
     diverged_step: int | None = None
-    history: list[Metrics] = field(default_factory=list)  # the lines of metrics.jsonl
+    history: list[Metrics] = field(default_factory=list)  # the lines of metrics.jsonl, one for each evaluation
     noise: torch.Generator = field(default_factory=torch.Generator)  # of this epoch's augmentation
     seconds: float = 0.0  # before it was resumed
     resumed: list[int] = field(default_factory=list)  # the steps at which it was
@@ -58,30 +62,44 @@ class State:
         sites = [*self.config.rules(), *(line.site for line in self.config.lines() if line.rule.format != FLOAT32)]
         self.second_moments = SecondMoments(rounded=any(site.partition(".")[0] == "momentum" for site in sites))
 
-    def begin_epoch(self) -> None:
-        """Starts the next epoch, unless a resumed run is in the middle of it."""
-        if self.batch == 0:
+    @property
+    def epochs(self) -> int:
+        """Epochs done; one that ended early because the loss diverged counts, where each has a line of its own."""
+        return self.step // self.plan.in_epoch if self.plan.by_step else len(self.history)
+
+    @property
+    def next_evaluation(self) -> int:
+        """The step after which the next evaluation is."""
+        return self.plan.evaluation(len(self.history) + 1)
+
+    def begin_measuring(self) -> None:
+        """Starts the metrics of the steps up to the next evaluation, unless a resumed run is in their middle."""
+        if self.step == self.plan.evaluation(len(self.history)):
             self.metrics.reset()
-            self.noise.manual_seed(Key.of(self.config.seed, "augmentation", self.epoch + 1).value)
+
+    def begin_batch(self) -> None:
+        """The next batch is drawn; the first one of an epoch starts the noise of its images anew."""
+        if self.step % self.plan.in_epoch == 0:
+            epoch = self.step // self.plan.in_epoch + 1
+            self.noise.manual_seed(Key.of(self.config.seed, "augmentation", epoch).value)
 
     def step_done(self) -> None:
         self.step += 1
-        self.batch += 1
         self.second_moments.after_step(self.step, self.optimizer)
 
-    def end_epoch(self, metrics: Metrics, diverged_step: int | None) -> None:
-        """The epoch is done, with these metrics; diverged_step: the step that ended it early.
+    def end_evaluation(self, metrics: Metrics, diverged_step: int | None) -> None:
+        """An evaluation is done, with these metrics; diverged_step: the step that ended the run early.
 
         Metrics that are not finite have diverged too, with the last step.
         """
         if diverged_step is None and not all(math.isfinite(value) for value in metrics.values() if value is not None):
             diverged_step = self.step
         self.history.append(metrics)
-        self.epoch, self.batch, self.diverged_step = self.epoch + 1, 0, diverged_step
+        self.diverged_step = diverged_step
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.config.epochs or self.diverged_step is not None
+        return len(self.history) >= self.plan.evaluations or self.diverged_step is not None
 
     def save(self, seconds: float) -> dict[str, Any]:
         """seconds: of this run so far, since it was last resumed."""
@@ -91,8 +109,8 @@ class State:
             "config": self.config.as_dict(),
             "command": self.command,
             "code": self.code,
-            "epoch": self.epoch,
-            "batch": self.batch,
+            "epoch": self.epochs,
+            "batch": self._batch,
             "step": self.step,
             "diverged_step": self.diverged_step,
             "metrics": self.history,
@@ -113,8 +131,13 @@ class State:
         saved |= {"shadow": self.shadow.state_dict()} if self.shadow else {}
         return saved | ({"watch": self.watcher.state_dict()} if self.watcher else {})
 
-    def load(self, saved: dict[str, Any], steps: int, path: Path) -> None:
-        """Go on from what `save` gave. steps: of an epoch. path: of the checkpoint, for errors.
+    @property
+    def _batch(self) -> int:
+        """Batches done beside whole epochs: a checkpoint says it in words that people look for."""
+        return 0 if self.diverged_step is not None else self.step - self.epochs * self.plan.in_epoch
+
+    def load(self, saved: dict[str, Any], path: Path) -> None:
+        """Go on from what `save` gave. path: of the checkpoint, for errors.
 
         ConfigError for another version or configuration, CheckpointError for what is no state of this run.
         """
@@ -132,12 +155,12 @@ class State:
             value = f"{path}: it is of another configuration ({'; '.join(differences)})"
             raise ConfigError("--resume", value, "its own")
         try:
-            self._load(saved, steps)
+            self._load(saved)
         except Exception as error:  # what somebody edited can raise anything
             raise CheckpointError(f"{path}: no state of this run ({first_line(error)})") from error
 
-    def _load(self, saved: dict[str, Any], steps: int) -> None:
-        self._load_position(saved, steps)
+    def _load(self, saved: dict[str, Any]) -> None:
+        self._load_position(saved)
         self.model.load_state_dict(saved["model"])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, moments in saved["optimizer"]["state"].items():
@@ -175,15 +198,22 @@ class State:
         earlier = recorded.split("+")
         self.code = "+".join(earlier if earlier[-1] == self.code else [*earlier, self.code])
 
-    def _load_position(self, saved: dict[str, Any], steps: int) -> None:
-        """Where the run is: epoch, batch, step, and the metrics until then."""
-        self.epoch, self.batch, self.step = (_whole(saved[name]) for name in ("epoch", "batch", "step"))
+    def _load_position(self, saved: dict[str, Any]) -> None:
+        """Where the run is: its step, and the metrics until then."""
+        self.step = _whole(saved["step"])
         self.diverged_step = None if saved["diverged_step"] is None else _whole(saved["diverged_step"])
-        _check(self.epoch <= self.config.epochs and self.batch <= steps, "its position")
-        _check(self.diverged_step is not None or self.step == self.epoch * steps + self.batch, "its position")
         self.history = saved["metrics"]
         _check(isinstance(self.history, list) and all(map(_is_metrics, self.history)), "its metrics")
-        _check([line["epoch"] for line in self.history] == list(range(1, self.epoch + 1)), "its metrics")
+        done = len(self.history)
+        _check([_whole(saved[name]) for name in ("epoch", "batch")] == [self.epochs, self._batch], "its position")
+        whole = self.diverged_step is None  # else the last line is of a step that no evaluation was planned for
+        if whole:
+            _check(self.plan.evaluation(done) <= self.step <= self.plan.evaluation(done + 1), "its position")
+        if self.plan.by_step:
+            steps = list(map(self.plan.evaluation, range(1, done + whole)))
+            _check([line.get("step") for line in self.history][: len(steps)] == steps, "its metrics")
+        else:
+            _check([line["epoch"] for line in self.history] == list(range(1, done + 1)), "its metrics")
 
 
 def _check(right: bool, what: str) -> None:

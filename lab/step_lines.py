@@ -111,14 +111,14 @@ class StepLines:
         return self._wandb_keys(newest)
 
 
-def by_epoch(rows: Iterable[Row], steps: int) -> dict[int, list[Row]]:
-    """The rows of the last step of each epoch that has some. steps: of an epoch."""
+def by_evaluation(rows: Iterable[Row], steps: int) -> dict[int, list[Row]]:
+    """The rows of the last step before each evaluation that has some. steps: from one of them to the next."""
     newest: dict[int, list[Row]] = {}
     for row in rows:
-        epoch = (row["step"] - 1) // steps + 1
-        if epoch not in newest or newest[epoch][0]["step"] < row["step"]:
-            newest[epoch] = []
-        newest[epoch].append(row)
+        number = (row["step"] - 1) // steps + 1
+        if number not in newest or newest[number][0]["step"] < row["step"]:
+            newest[number] = []
+        newest[number].append(row)
     return newest
 
 

@@ -14,7 +14,7 @@ from settings import qtorch
 from settings.data import DataSettings
 from settings.errors import ConfigError, refused
 from settings.models import check_model
-from settings.training import OPTIMIZERS
+from settings.training import OPTIMIZERS, TrainingSettings
 
 if TYPE_CHECKING:
     from settings.config import Config
@@ -41,6 +41,8 @@ def _check_data(config: Config) -> None:
 
 
 def _check_training(config: Config) -> None:
+    if config.steps is not None and config.epochs != TrainingSettings.epochs:
+        raise refused("steps", config.steps, f"none with --epochs {config.epochs}: one of them says how long")
     if config.momentum and config.optimizer != "sgd" and config.optimizer in OPTIMIZERS:
         raise refused("momentum", config.momentum, f"0 ({config.optimizer} has moments of its own)")
 

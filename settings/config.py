@@ -40,7 +40,7 @@ INDECISIVE = (
 )
 # At their defaults these are not in a record, so that those of before keep their bytes.
 ADDED_LATER = ("files_dir", "recipe", "smallest_state", "transform", "watch", "watch_also", "shadow", "model_options")
-ADDED_LATER += ("sample",)
+ADDED_LATER += ("sample", "steps", "evaluate_every")
 # What they decide is in Config.rules and Config.lines.
 RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
 
@@ -82,6 +82,8 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
     def as_dict(self) -> dict[str, Any]:
         """The settings by field, as records hold them."""
         settings = asdict(self)
+        if self.steps is not None:
+            del settings["epochs"]
         return {n: value for n, value in settings.items() if n not in ADDED_LATER or value != getattr(Config, n)}
 
     def resolved(self) -> Config:
@@ -101,6 +103,11 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
     def options(self) -> dict[str, Option]:
         """The model's options by name."""
         return options_of(self.model_options) if self.model_options else {}
+
+    @property
+    def is_by_step(self) -> bool:
+        """Whether its evaluations are told by their steps, and not by their epochs."""
+        return self.steps is not None or self.evaluate_every is not None
 
     @property
     def noise_seed(self) -> int:
@@ -176,6 +183,11 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
         others = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
         for name in (*INDECISIVE, *RULES_FIELDS, "transform"):
             del others[name]
+        for name in ("steps", "evaluate_every"):
+            if others[name] is None:
+                del others[name]
+        if self.steps is not None:
+            del others["epochs"]
         sites = [*rules, *(line.site for line in lines)]
         if not (self.smallest_state and any(site.partition(".")[0] in ("momentum", EVERY) for site in sites)):
             del others["smallest_state"]

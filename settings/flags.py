@@ -48,7 +48,11 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].partition("=")[0]
             near = nearest(word, self._option_string_actions)
             raise ConfigError(None, shown(word), "a known flag" + ("" if near else " (see --help)"), near)
-        return vars(known)
+        settings = vars(known)
+        if {"steps", "epochs"} <= settings.keys():  # the default number of epochs, which Config would not notice
+            text = f"none with --epochs {shown(settings['epochs'])}: one of them says how long"
+            raise ConfigError("--steps", shown(settings["steps"]), text)
+        return settings
 
 
 def parser() -> Parser:

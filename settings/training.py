@@ -36,6 +36,15 @@ class TrainingSettings:
         default_text="those of its function in models.py",
     )
     epochs: int = setting(2, kinds.whole(0), "passes over the training rows")
+    steps: int | None = setting(
+        None, kinds.or_none(kinds.whole(0)), "so many steps, in place of --epochs", default_text="those of the epochs"
+    )
+    evaluate_every: int | None = setting(
+        None,
+        kinds.or_none(kinds.whole(1)),
+        "steps from one evaluation, which is a line of metrics.jsonl, to the next; the last step has one too",
+        default_text="an epoch; with --steps, at the end alone",
+    )
     batch_size: int = setting(256, kinds.whole(1), "rows in a step")
     optimizer: str = setting("sgd", kinds.name_or_function(OPTIMIZERS), "optimizer")
     learning_rate: float = setting(0.01, kinds.POSITIVE, "learning rate; its peak, where there is a schedule")
@@ -49,7 +58,8 @@ class TrainingSettings:
     average_last: float = setting(
         0.0,
         kinds.number("a fraction, 0 <= f <= 1", lambda f: 0 <= f <= 1),
-        "share of the epochs, the last ones, whose weights are averaged in float32; the average is tested at the end",
+        "share of the evaluations (epochs), the last ones, at which the weights are averaged in float32; the average is"
+        " tested at the end",
     )
     seed: int = setting(42, kinds.SEED, "split, initial weights, order of the rows, and rounding noise")
     device: str = setting("auto", kinds.one_of("auto", "cpu", "cuda"), "where to compute; auto: cuda if there")

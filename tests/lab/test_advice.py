@@ -14,7 +14,7 @@ from training_helpers import FLOAT8, nearest
 import data
 import models
 from lab.advice import advice
-from lab.step_lines import LAYERS, SHADOW, by_epoch
+from lab.step_lines import LAYERS, SHADOW, by_evaluation
 from settings.config import Config
 from settings.flags import config_of
 
@@ -318,5 +318,5 @@ def test_a_resumed_run_is_told_the_same(cli, monkeypatch):
 def test_watched_shadows_have_the_watched_steps(cli):
     ran = cli(*STALLED, "--watch", 10, "--shadow")
     for name in (LAYERS, SHADOW):
-        steps = by_epoch(in_file(ran.folder / name), 1)
+        steps = by_evaluation(in_file(ran.folder / name), 1)
         assert list(steps) == [1, 10, 20, 30]

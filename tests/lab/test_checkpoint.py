@@ -98,17 +98,18 @@ def test_archives_that_are_no_checkpoint_are_one_line(raw, tmp_path, monkeypatch
 def test_when_a_checkpoint_is_due(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    due = Due("3")
+    due = Due("3", 5, 0)
     now[0] = 1e9
-    assert not due.after_step()
-    assert [epoch for epoch in range(1, 10) if due.after_epoch(epoch)] == [3, 6, 9]
+    assert [step for step in range(1, 50) if due.after_step(step)] == [15, 30, 45]
+    due.was_written(30)
+    assert [step for step in range(1, 50) if due.after_step(step)] == [15, 45]
     for text, seconds in (("90s", 90), ("1.5m", 90), ("2h", 7200)):
         now[0] = 0.0
-        due = Due(text)
+        due = Due(text, 5, 0)
         now[0] = seconds - 1.0
-        assert (due.after_step(), due.after_epoch(3)) == (False, False)
+        assert not due.after_step(15)
         now[0] = float(seconds)
-        assert (due.after_step(), due.after_epoch(3)) == (True, True)
+        assert due.after_step(16)
 
 
 # Corrupted ones, from the command line

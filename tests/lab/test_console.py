@@ -17,6 +17,7 @@ from run_helpers import NOISY_BOSTON, ROOT, bits, kill_self, only
 import main
 from lab import console
 from lab.console import Progress, command
+from lab.plan import Plan
 from settings.config import Config
 
 # Commands
@@ -84,6 +85,11 @@ def test_nobody_has_to_read_what_is_said(tmp_path):
 
 
 # Progress
+
+
+def planned(config, steps):
+    """A configuration, and its plan where an epoch has so many steps."""
+    return config, Plan.of(config, steps)
 
 
 class Terminal:
@@ -155,13 +161,13 @@ def test_the_bar_shows_a_metric_on_80_columns(settings, clock):
     """The training loss at first, then what the last epoch was tested with; however long the name is."""
     config = Config.make(**settings, epochs=3)
     with Terminal(80) as terminal:
-        progress = Progress(config, steps=5, done=0)
+        progress = Progress(config, Plan.of(config, 5), done=0)
         progress.bar.mininterval = 0
         for epoch in (1, 2):
             for _ in range(5):
                 clock(2.0)
                 progress.step(torch.tensor(0.123456))
-            progress.epoch(METRICS | {"epoch": epoch, "testing_mse": 0.4321 + epoch})
+            progress.evaluated(METRICS | {"epoch": epoch, "testing_mse": 0.4321 + epoch}, epoch)
         clock(2.0)
         progress.step(torch.tensor(0.1))
         progress.close()
@@ -176,7 +182,7 @@ def test_the_bar_shows_a_metric_on_80_columns(settings, clock):
 
 def test_a_resumed_bar_begins_where_the_run_does(clock):
     with Terminal(80) as terminal:
-        Progress(Config(epochs=4), steps=5, done=10).close()
+        Progress(*planned(Config(epochs=4), 5), done=10).close()
     assert "50%|" in terminal.shown
     assert "10/20 [" in terminal.shown
 
@@ -191,14 +197,14 @@ def test_lines_elsewhere(cli):
 
 
 def test_a_long_epoch_says_a_line_every_half_minute(clock, capsys):
-    progress = Progress(Config(epochs=2), steps=100, done=0)
+    progress = Progress(*planned(Config(epochs=2), 100), done=0)
     for _ in range(100):
         clock(5.0)
         progress.step(torch.tensor(0.25))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["epoch 1/2  step 6/100  loss 0.25", "epoch 1/2  step 12/100  loss 0.25"]
     assert len(lines) == 100 // 6
-    progress.epoch(METRICS | {"training_mse": None})
+    progress.evaluated(METRICS | {"training_mse": None}, 1)
     assert capsys.readouterr().err == "epoch 1/2  training_mse -  testing_mse 0.4321\n"
     clock(29)
     progress.step(torch.tensor(0.25))  # not so soon after the epoch's line
@@ -209,22 +215,22 @@ def test_a_long_epoch_says_a_line_every_half_minute(clock, capsys):
 
 
 def test_many_short_epochs_say_a_line_for_each_tenth(clock, capsys):
-    progress = Progress(Config(epochs=1000), steps=1, done=0)
+    progress = Progress(*planned(Config(epochs=1000), 1), done=0)
     for epoch in range(1, 1001):
         clock(0.001)
         progress.step(torch.tensor(0.25))
-        progress.epoch(METRICS | {"epoch": epoch})
+        progress.evaluated(METRICS | {"epoch": epoch}, epoch)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == [f"{hundred}00/1000" for hundred in range(1, 11)]
 
 
 def test_quiet_is_quiet(clock, capsys):
     with Terminal(80) as terminal:
-        progress = Progress(Config(epochs=1), steps=2, done=0, quiet=True)
+        progress = Progress(*planned(Config(epochs=1), 2), done=0, quiet=True)
         for _ in range(2):
             clock(100.0)
             progress.step(torch.tensor(0.25))
-        progress.epoch(METRICS)
+        progress.evaluated(METRICS, 1)
         progress.close()
     assert terminal.shown == ""
     assert capsys.readouterr() == ("", "")

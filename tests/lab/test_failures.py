@@ -78,7 +78,7 @@ def test_no_space(script, tmp_path, limit, epochs, full):
 
 
 def test_a_failure_half_way_keeps_what_was_recorded(cli, tmp_path, monkeypatch):
-    write, epochs = Record.epoch, []
+    write, epochs = Record.evaluation, []
 
     def fail_in_the_third(record, metrics):
         epochs.append(metrics)
@@ -86,7 +86,7 @@ def test_a_failure_half_way_keeps_what_was_recorded(cli, tmp_path, monkeypatch):
             raise OSError(28, "No space left\non device")
         write(record, metrics)
 
-    monkeypatch.setattr(Record, "epoch", fail_in_the_third)
+    monkeypatch.setattr(Record, "evaluation", fail_in_the_third)
     ran = cli("--epochs", 10)
     assert (ran.status, ran.out) == (1, "")
     assert ran.err.splitlines()[-1].startswith("main.py: error: [Errno 28] No space left on device")

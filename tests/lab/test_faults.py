@@ -15,12 +15,12 @@ from lab.console import command
 
 EPOCH_HOOK = """
 from lab.record import Record
-write = Record.epoch
+write = Record.evaluation
 def epoch(record, metrics):
     if metrics["epoch"] == 3:
         fault(record)
     write(record, metrics)
-Record.epoch = epoch
+Record.evaluation = epoch
 """
 FIVE = [*NOISY_BOSTON, "--epochs", 5, "--checkpoint-every", 1]
 

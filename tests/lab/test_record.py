@@ -19,7 +19,7 @@ NAME = "boston-float8-nearest-42-1a2b3c4d"
 
 def finished(output_dir, status="complete", **summary):
     record = Record(output_dir, NAME, {"seed": 42})
-    record.epoch({"loss": 1.0})
+    record.evaluation({"loss": 1.0})
     return record.finish({"status": status, **summary})
 
 
@@ -31,7 +31,7 @@ def test_a_record_holds_what_was_given(tmp_path):
     record = Record(tmp_path / "a" / "runs", NAME, {"seed": 42, "sites": ("weights", "errors"), "bad": float("nan")})
     assert record.folder == tmp_path / "a" / "runs" / f"{NAME}.partial-{os.getpid()}"
     for epoch in range(3):
-        record.epoch({"epoch": epoch, "loss": [0.1, float("nan"), float("-inf")][epoch], "accuracy": None})
+        record.evaluation({"epoch": epoch, "loss": [0.1, float("nan"), float("-inf")][epoch], "accuracy": None})
     record.checkpoint(b"third epoch")
     record.checkpoint(b"fourth epoch")
     assert (record.folder / "checkpoint.previous.pt").read_bytes() == b"third epoch"
@@ -60,7 +60,7 @@ def test_every_float_comes_back_with_the_same_bits(tmp_path):
     values = [0.1, 1 / 3, 5e-324, -0.0, 1.7976931348623157e308, 114688.0]
     record = Record(tmp_path, NAME, {})
     for value in values:
-        record.epoch({"loss": value})
+        record.evaluation({"loss": value})
     folder = record.finish({"status": "complete"})
     back = [strict_json(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [struct.pack("d", value) for value in back] == [struct.pack("d", value) for value in values]
@@ -72,7 +72,7 @@ import os, signal
 from lab.record import Record
 record = Record({str(tmp_path)!r}, {NAME!r}, {{"seed": 42}})
 for epoch in range(50):
-    record.epoch({{"epoch": epoch, "loss": 0.5}})
+    record.evaluation({{"epoch": epoch, "loss": 0.5}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
@@ -95,15 +95,15 @@ import resource, signal
 from lab.record import Record
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 record = Record({str(tmp_path)!r}, {NAME!r}, {{}})
-record.epoch({{"loss": 1}})
+record.evaluation({{"loss": 1}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
 for attempt in range(2):
     try:
-        record.epoch({{"loss": 12345678901234567890}})
+        record.evaluation({{"loss": 12345678901234567890}})
     except OSError as error:
         print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY))
-record.epoch({{"loss": 2}})
+record.evaluation({{"loss": 2}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (5, resource.RLIM_INFINITY))
 for write in (lambda: record.checkpoint(b"longer than that"), lambda: record.finish({{"status": "complete"}})):
     try:
@@ -183,7 +183,7 @@ def once(self, target):
     os.kill(os.getpid(), signal.SIGKILL)
 pathlib.Path.rename = once
 record = Record({str(tmp_path)!r}, {NAME!r}, {{}})
-record.epoch({{"loss": 1.0}})
+record.evaluation({{"loss": 1.0}})
 record.finish({{"status": "complete", "run": 2}})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
@@ -204,9 +204,9 @@ def test_runs_of_the_same_name_that_are_still_going_are_left_alone(tmp_path):
     other = Record(tmp_path, NAME, {})
     stranger = tmp_path / f"{NAME}5.partial-1"
     stranger.mkdir()
-    other.epoch({"loss": 1.0})
+    other.evaluation({"loss": 1.0})
     finished(tmp_path, "complete", run=1)
-    other.epoch({"loss": 2.0})
+    other.evaluation({"loss": 2.0})
     folder = other.finish({"status": "complete", "run": 2})
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert names(tmp_path) == [NAME, stranger.name]
@@ -215,7 +215,7 @@ def test_runs_of_the_same_name_that_are_still_going_are_left_alone(tmp_path):
 def test_many_at_once_leave_one_whole_record(tmp_path):
     records = [Record(tmp_path, NAME, {}) for _ in range(8)]
     for record in records:
-        record.epoch({"loss": 1.0})
+        record.evaluation({"loss": 1.0})
     threads = [threading.Thread(target=record.finish, args=[{"status": "complete"}]) for record in records]
     for thread in threads:
         thread.start()

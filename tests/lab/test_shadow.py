@@ -13,7 +13,7 @@ from torch import nn
 import models
 import sweep
 from lab import shadow, wandb_run
-from lab.step_lines import LinesFile, by_epoch
+from lab.step_lines import LinesFile, by_evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,7 +203,7 @@ def test_lines_are_whole_and_of_the_steps_that_are_kept(tmp_path):
     lines.fill(tmp_path)
     lines.add(tmp_path, [{"step": 3, "x": float("nan")}])
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "x": null}\n'
-    assert by_epoch(lines.rows(), 2) == {1: [{"step": 2}], 2: [{"step": 3, "x": None}]}
+    assert by_evaluation(lines.rows(), 2) == {1: [{"step": 2}], 2: [{"step": 3, "x": None}]}
     assert list(LinesFile.resumed(tmp_path / "nowhere", "shadow.jsonl", 2).rows()) == []
 
 

@@ -256,14 +256,14 @@ def test_folders_in_the_home_folder(cli, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_is_kept(cli, tmp_path, monkeypatch, number, status):
-    write = Record.epoch
+    write = Record.evaluation
 
     def interrupt_in_the_third(record, metrics):
         write(record, metrics)
         if metrics["epoch"] == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Record, "epoch", interrupt_in_the_third)
+    monkeypatch.setattr(Record, "evaluation", interrupt_in_the_third)
     ran = cli("--epochs", 1000)
     assert (ran.status, ran.out) == (status, "")
     assert "Traceback" not in ran.err
@@ -279,7 +279,7 @@ def test_an_interrupted_run_replaces_nothing_and_a_complete_one_replaces_it(cli,
     complete = cli("--epochs", 4)
     before = {path.name: path.read_bytes() for path in complete.folder.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(Record, "epoch", lambda record, metrics: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Record, "evaluation", lambda record, metrics: os.kill(os.getpid(), signal.SIGTERM))
         assert cli("--epochs", 4).status == 143
     assert {path.name: path.read_bytes() for path in complete.folder.iterdir()} == before
     again = cli("--epochs", 4)

@@ -99,7 +99,7 @@ def test_an_older_record_stays_until_the_new_one_is_complete(written_by, monkeyp
     kept = snapshot(Path("runs"))
     written_by(OURS)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", lambda *_: 1 / 0)
+        patch.setattr(train, "train_until_evaluation", lambda *_: 1 / 0)
         assert sweep.main(FLAGS) == 1
     assert snapshot(Path("runs")) == kept
     assert "the code changed meanwhile" not in capsys.readouterr().err
