@@ -46,8 +46,8 @@ class RunRounding:
         return self._low.loss_scale
 
     def at(self, first_row: int, rows: int) -> None:
-        """The next batch is these rows of the whole one, so that noise does not depend on the number of processes."""
-        self._low.clock.part = BatchPart(rows, first_row)
+        """What passes next is these rows of the whole batch: noise does not depend on processes and micro-batches."""
+        self._low.clock.begin_part(BatchPart(rows, first_row))
 
     def begin_aside(self) -> None:
         """What the model computes from now on is rounded with noise that does not depend on what it computed before.

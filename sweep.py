@@ -36,7 +36,7 @@ from settings.flags import REPEATABLE, TABLES, flags_of, parser
 from settings.recipes import with_recipe
 
 # Whose values have commas themselves: there, a semicolon is between two values.
-LISTS = ("quantize", "layers", "site", "transform", "watch_also", "model_options")
+LISTS = ("quantize", "layers", "site", "transform", "watch_also", "model_options", "betas")
 CLUSTERS = ("ray",)
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 

@@ -17,6 +17,7 @@ from data import Data
 from lab import optimizers
 from lab.average import Average
 from lab.batches import Batch, Batches
+from lab.clipping import Clipping
 from lab.environment import device_of
 from lab.fingerprint import fingerprint_of_run
 from lab.fitting import check_fit
@@ -61,8 +62,9 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
         plan = Plan.of(config, batches.steps)
         schedule = optimizers.schedule(config, optimizer, plan.steps)
         average = Average(config, plan, make_model().to(memory_format=layout)) if config.average_last else None
+        clipping = Clipping(config.clip_norm, model.parameters(), device) if config.clip_norm else None
         shadow = Shadow(config, plain, plan.steps, processes.wrap, config.watch or 1) if plain else None
-        sums = TrainMetrics(task), Losses(device), average
+        sums = TrainMetrics(task), Losses(device), average, clipping
         state = State(config, spec, plan, model, optimizer, schedule, *sums, command, code, rounding.watcher, shadow)
         session = Session(state, rounding, processes, resume, quiet or not processes.first, started)
         whole_model = processes.wrap(model)
@@ -108,17 +110,26 @@ def train_until_evaluation(
 def train_step(model: nn.Module, batch: Batch, task: Task, rounding: RunRounding, state: State) -> Tensor:
     """Forward, backward, update -> the loss of the whole batch, (). The rounding is in hooks: low_precision/model.py.
 
+    With --micro-batch the batch passes forward and backward in parts, whose gradients add up to that of the whole.
     Diverged for a loss that is not finite, before it reaches the weights.
     """
-    rounding.at(batch.first_row, batch.rows)  # so that noise does not depend on the number of processes
-    with batch.drawn(state.step + 1):
-        output = model(batch.x)
-    loss = task.loss(output, batch.y)
-    whole_loss, correct, rows = batch.over_processes(loss.detach(), task.correct(output, batch.y))
-    state.metrics.add(whole_loss, correct, rows)
-    state.losses.add(whole_loss, state.step + 1)
     rounding.optimizer.zero_grad()
-    rounding.scale(batch.share(loss)).backward()
+    parts, results = batch.parts(state.config.micro_batch), []
+    for part in parts:
+        rounding.at(part.first_row, part.rows)  # so that noise depends on the place of a row in the whole batch alone
+        with batch.processes.adding(model, last=part is parts[-1]):
+            with part.drawn(state.step + 1):
+                output = model(part.x)
+            loss = task.loss(output, part.y)
+            results.append((loss.detach(), task.correct(output, part.y), part.rows))
+            if part is parts[-1]:
+                whole_loss, correct, rows = batch.over_processes(results)
+                state.metrics.add(whole_loss, correct, rows)
+                state.losses.add(whole_loss, state.step + 1)
+            rounding.scale(part.share(loss)).backward()
+    if state.clipping:
+        rounding.loss_scale.unscale(rounding.optimizer)
+        state.clipping.clip()
     rounding.optimizer.step()
     if state.schedule:
         state.schedule.step()
@@ -147,4 +158,6 @@ def measured(
             metrics |= processes.from_first(lambda: average.measured(split, task, check))
     if rounding.loss_scale.dynamic:
         metrics |= {"loss_scale": rounding.loss_scale.value, "skipped_steps": rounding.loss_scale.skipped}
+    if state.clipping:
+        metrics |= state.clipping.values()
     return metrics

@@ -368,7 +368,7 @@ def _differences(config: Config, other: Config) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def rounded(config: Config) -> str:

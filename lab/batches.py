@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of a batch."""
+    """This process's part of a batch, or a part of that."""
 
     x: Tensor  # float32 (n, *shape), or numbers of characters, as the model reads it
     y: Tensor  # targets, as in data.Data
@@ -39,12 +39,25 @@ class Batch:
         """Around the forward pass of that step: what is dropped out follows from it and from `first_row`."""
         return drawn(self.seed, step, self.first_row, self.y.device)
 
-    def share(self, loss: Tensor) -> Tensor:
-        """The mean loss of this part -> that for which the average over all processes is the mean of the whole."""
-        return loss if self.processes.count == 1 else loss * self.processes.share(self.rows, self.whole)
+    def parts(self, rows: int | None) -> list[Batch]:
+        """So many rows at a time, the last ones fewer; None: all of them at once."""
+        if rows is None or rows >= self.rows:
+            return [self]
+        pairs = zip(self.x.split(rows), self.y.split(rows), strict=True)
+        return [replace(self, x=x, y=y, first_row=self.first_row + rows * i) for i, (x, y) in enumerate(pairs)]
 
-    def over_processes(self, loss: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Mean loss and count of right answers of this part -> those of the whole batch, and its rows."""
+    def share(self, loss: Tensor) -> Tensor:
+        """The mean loss of this part -> what has to be added over parts, and averaged over processes, for the mean of
+        the whole.
+        """
+        return loss if self.rows == self.whole else loss * self.processes.share(self.rows, self.whole)
+
+    def over_processes(self, results: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Mean loss, count of right answers and rows of each of its parts -> those of the whole batch."""
+        loss, correct, _ = results[0]
+        if len(results) > 1:
+            total = torch.stack([loss.double() * rows for loss, _, rows in results]).sum()
+            loss, correct = (total / self.rows).to(loss.dtype), torch.stack([c for _, c, _ in results]).sum()
         return self.processes.sums(loss, correct, self.rows)
 
 

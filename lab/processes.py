@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +49,13 @@ class Processes:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def adding(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around a pass of the model of `wrap` whose gradients are added to those of earlier ones: the last one alone
+        averages them over the processes.
+        """
+        alone = last or not isinstance(model, nn.parallel.DistributedDataParallel)
+        return nullcontext() if alone else model.no_sync()
 
     def part(self, count: int) -> slice:
         """This process's part of so many rows."""

@@ -41,6 +41,7 @@ class Shadow:
         self.model, self._every = model.train(), every
         self.optimizer = optimizers.build(config, model)
         self._schedule = optimizers.schedule(config, self.optimizer, steps)
+        self._micro_batch, self._clip_norm = config.micro_batch, config.clip_norm
         self._whole, self._layers = wrap(model), parameters_by_layer(model)
         self._loss: Tensor | None = None
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, (layers, 2), (): difference of losses
@@ -48,12 +49,18 @@ class Shadow:
     def train_step(self, batch: Batch, task: Task, step: int) -> None:
         """That step of its own, before the run's; what is dropped out is the same in both, and other random numbers
         are as before."""
-        with _random_numbers_kept(batch.x.device), batch.drawn(step):
-            output = self._whole(batch.x.clone())  # a model may change what it reads
-            loss = task.loss(output, batch.y)
-            self._loss, _, _ = batch.over_processes(loss.detach(), task.correct(output, batch.y))
+        with _random_numbers_kept(batch.x.device):
             self.optimizer.zero_grad()
-            batch.share(loss).backward()
+            parts, results = batch.parts(self._micro_batch), []
+            for part in parts:
+                with batch.processes.adding(self._whole, last=part is parts[-1]), part.drawn(step):
+                    output = self._whole(part.x.clone())  # a model may change what it reads
+                    loss = task.loss(output, part.y)
+                    results.append((loss.detach(), task.correct(output, part.y), part.rows))
+                    part.share(loss).backward()
+            self._loss, _, _ = batch.over_processes(results)
+            if self._clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
             self.optimizer.step()
         if self._schedule:
             self._schedule.step()

@@ -14,6 +14,7 @@ from torch import nn
 from data import DataSet
 from lab.average import Average
 from lab.checkpoint import CheckpointError, first_line
+from lab.clipping import Clipping
 from lab.fingerprint import LENGTH, UNKNOWN
 from lab.metrics import Losses, Metrics, TrainMetrics
 from lab.optimizers import Schedule
@@ -45,6 +46,7 @@ class State:
     metrics: TrainMetrics  # since the last evaluation
     losses: Losses
     average: Average | None = None  # of the weights
+    clipping: Clipping | None = None  # of the gradients
     command: str | None = None
     code: str = UNKNOWN  # the fingerprint of the code that trains; where that changed on the way, all of them: A+B
     watcher: Watcher | None = None  # hears what rounding loses
@@ -76,6 +78,8 @@ class State:
         """Starts the metrics of the steps up to the next evaluation, unless a resumed run is in their middle."""
         if self.step == self.plan.evaluation(len(self.history)):
             self.metrics.reset()
+            if self.clipping:
+                self.clipping.reset()
 
     def begin_batch(self) -> None:
         """The next batch is drawn; the first one of an epoch starts the noise of its images anew."""
@@ -129,6 +133,7 @@ class State:
             "wandb_id": self.wandb_id,
         }
         saved |= {"shadow": self.shadow.state_dict()} if self.shadow else {}
+        saved |= {"clipping": self.clipping.state_dict()} if self.clipping else {}
         return saved | ({"watch": self.watcher.state_dict()} if self.watcher else {})
 
     @property
@@ -171,6 +176,8 @@ class State:
             self.schedule.load_state_dict(saved["schedule"])
         if self.average:
             self.average.load_state_dict(saved["average"])
+        if self.clipping:
+            self.clipping.load_state_dict(saved["clipping"])
         if self.shadow:
             self.shadow.load_state_dict(saved["shadow"])
         device = parameters[0].device

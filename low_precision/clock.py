@@ -89,6 +89,17 @@ class Clock(Time):
         self.step, self.writes = step, 0
         self.calls.clear()
 
+    def begin_part(self, part: BatchPart) -> None:
+        """The next forward pass is of that part of a step's batch.
+
+        Parts that pass one after the other are one pass: the noise of a row is that of its place in the batch,
+        and what has no rows, as a weight, is rounded with the same noise for each of them.
+        """
+        self.part = part
+        self.calls.clear()
+        if self.watcher is not None:
+            self.watcher.begin_part()
+
     def now(self) -> Time:
         """The clock itself, or in a recomputation the time of the first run."""
         again = _thread.again

@@ -42,6 +42,9 @@ class Listener:
         """Whether what is multiplied in this step is tried with other rules too."""
         return False
 
+    def begin_part(self) -> None:
+        """Another part of the step's batch passes now: its roundings are not those of an earlier part again."""
+
     def before(self, rounder: Rounder, x: Tensor, in_place: bool, *number: object) -> Tensor | None:
         """x as it is before it is rounded, to be passed to `rounded`; None where that is not wanted.
 

@@ -117,7 +117,8 @@ class Watcher(Listener):
         self._gradients = 0  # how often the gradients of this step were told
         self._lock = threading.Lock()  # replicas of a model run in threads of their own
         self._sums: dict[tuple[Place, torch.device], _Sums] = {}  # of this step
-        self._heard: set[tuple[Any, ...]] = set()  # roundings of this step, each by its name and number
+        self._heard: set[tuple[Any, ...]] = set()  # roundings of this step, each by its part, name and number
+        self._part = 0  # of this step's batch, where it passes in parts
         # Steps whose sums nobody has asked for. Those of several devices are added once they have come.
         self._ended: list[tuple[int, list[tuple[Place, _Sums]]]] = []
         self._devices: set[torch.device] = set()  # from which they come
@@ -141,11 +142,14 @@ class Watcher(Listener):
         self.step, self._is_on = step, step == 1 or step % self.every == 0
         self._sums.clear()
         self._heard.clear()
-        self._gradients = 0
+        self._gradients = self._part = 0
         if self._what_if:
             self._what_if.end_step()
         for one in self._tried:
             one.move_to(step - 1)
+
+    def begin_part(self) -> None:
+        self._part += 1
 
     def end_step(self) -> None:
         if self.is_on:
@@ -163,7 +167,7 @@ class Watcher(Listener):
         """Whether it was not heard before in this step; it counts as heard then."""
         with self._lock:
             count = len(self._heard)
-            self._heard.add(rounding)
+            self._heard.add((self._part, *rounding))
             return len(self._heard) > count
 
     # What quantizers tell.

@@ -45,6 +45,17 @@ def _check_training(config: Config) -> None:
         raise refused("steps", config.steps, f"none with --epochs {config.epochs}: one of them says how long")
     if config.momentum and config.optimizer != "sgd" and config.optimizer in OPTIMIZERS:
         raise refused("momentum", config.momentum, f"0 ({config.optimizer} has moments of its own)")
+    if config.betas is not None and config.optimizer == "sgd":
+        raise refused("betas", config.betas, "none (sgd has no moments of Adam)")
+    if config.warmup and config.schedule == "onecycle":
+        raise refused("warmup", config.warmup, "0 (onecycle has a warmup of its own)")
+    if config.steps is not None and config.warmup > config.steps:
+        raise refused("warmup", config.warmup, f"at most {config.steps}, the steps of the run")
+    if config.final_learning_rate and config.schedule != "cosine":
+        raise refused("final_learning_rate", config.final_learning_rate, f"0 (with {config.schedule}; cosine has one)")
+    if config.final_learning_rate > config.learning_rate:
+        allowed = f"at most {config.learning_rate}, --learning-rate"
+        raise refused("final_learning_rate", config.final_learning_rate, allowed)
 
 
 def _check_states(config: Config) -> None:

@@ -30,8 +30,8 @@ from settings.models import MODEL_NAMES as MODEL_NAMES
 from settings.models import Option, options_of
 from settings.records import RecordSettings
 from settings.rounding import RoundingSettings
+from settings.training import BETAS, TrainingSettings
 from settings.training import OPTIMIZERS as OPTIMIZERS
-from settings.training import TrainingSettings
 
 # These settings say where a run is recorded, tracked or computed, and change nothing in its result.
 INDECISIVE = (
@@ -39,8 +39,11 @@ INDECISIVE = (
     *("watch", "watch_also", "shadow", "sample"),
 )
 # At their defaults these are not in a record, so that those of before keep their bytes.
+TRAINING_ADDED_LATER = (
+    *("steps", "evaluate_every", "micro_batch", "betas", "decay", "clip_norm", "warmup", "final_learning_rate"),
+)
 ADDED_LATER = ("files_dir", "recipe", "smallest_state", "transform", "watch", "watch_also", "shadow", "model_options")
-ADDED_LATER += ("sample", "steps", "evaluate_every")
+ADDED_LATER += ("sample", *TRAINING_ADDED_LATER)
 # What they decide is in Config.rules and Config.lines.
 RULES_FIELDS = ("precision", "rounding", "quantize", "site", "recipe")
 
@@ -171,6 +174,17 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
             f"{flag(name)} {shown_value(ours)}, not {shown_value(theirs)}" for name, (ours, theirs) in pairs.items()
         ]
 
+    def _without_effect(self) -> list[str]:
+        """The settings of the training that decide nothing beside the others."""
+        names = [name for name in TRAINING_ADDED_LATER if getattr(self, name) == getattr(Config, name)]
+        idle = {
+            "epochs": self.steps is not None,
+            "micro_batch": self.micro_batch is not None and self.micro_batch >= self.batch_size,
+            "betas": self.betas == BETAS,
+            "decay": not self.weight_decay,
+        }
+        return list(dict.fromkeys([*names, *(name for name, is_idle in idle.items() if is_idle)]))
+
     def _decisive(self) -> dict[str, Any]:
         """All that decides the result, by field, and "rules" for RULES_FIELDS; not what makes no difference.
 
@@ -183,11 +197,8 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
         others = {f.name: _convert(f, getattr(self, f.name)) for f in fields(self)}
         for name in (*INDECISIVE, *RULES_FIELDS, "transform"):
             del others[name]
-        for name in ("steps", "evaluate_every"):
-            if others[name] is None:
-                del others[name]
-        if self.steps is not None:
-            del others["epochs"]
+        for name in self._without_effect():
+            del others[name]
         sites = [*rules, *(line.site for line in lines)]
         if not (self.smallest_state and any(site.partition(".")[0] in ("momentum", EVERY) for site in sites)):
             del others["smallest_state"]

@@ -125,7 +125,7 @@ def flags_of(config: Config, without: Sequence[str] = ()) -> list[str]:
         if f.name in REPEATABLE:
             texts = list(value)
         elif isinstance(value, tuple):
-            texts = [",".join(value) or "none"]
+            texts = [",".join(map(str, value)) or "none"]
         else:
             texts = [str(value)]
         for text in texts:

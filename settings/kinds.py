@@ -135,6 +135,14 @@ def name_or_function(names: Iterable[str], table: tuple[str, str] | None = None)
     return Kind(allowed, convert)
 
 
+def betas(value: Any) -> tuple[float, float]:
+    """Two numbers, from "0.9,0.95" or a sequence of them."""
+    numbers = tuple(map(_BETA.convert, value.split(",") if isinstance(value, str) else value))
+    if len(numbers) != 2:
+        raise ValueError
+    return numbers
+
+
 def folder(value: Any) -> str:
     """A folder's path, its ~ expanded."""
     return os.path.expanduser(text(value))
@@ -250,6 +258,8 @@ SEED = whole(0, 2**32 - 1)
 # Up to 1e30: float32 ends at 3.4e38, and beyond it torch fails instead of diverging.
 POSITIVE = number("a number > 0, up to 1e30", lambda x: 0 < x <= 1e30)
 NOT_NEGATIVE = number("a number >= 0, up to 1e30", lambda x: 0 <= x <= 1e30)
+_BETA = number("a number, 0 <= x < 1", lambda x: 0 <= x < 1)
+BETAS = Kind("two numbers A,B, each 0 <= x < 1", betas)
 FACTOR = number("a number, 1e-30 .. 1e30", lambda x: 1e-30 <= x <= 1e30)
 DATASET = Kind(", ".join((*DATASETS, *FILE_FORMS)), dataset_name)
 FORMAT = Kind(FORMAT_NAMES, format_name)

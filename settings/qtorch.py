@@ -32,13 +32,14 @@ def check(config: Config, rules: dict[str, Rule]) -> None:
     unknown = (
         config.loss_scale == "dynamic"
         or config.layers
-        or config.optimizer in ("adamw", "collage")
+        or config.optimizer in ("adamw", "collage", "muon")
+        or config.clip_norm is not None
         or "compensation" in rules
     )
     if unknown or any(state_of(site) is not None or site in (ELEMENTWISE, *OPERANDS) for site in rules):
         lacks = (
-            "no dynamic loss scale, no choice of layers, no adamw, no collage, no compensation, no momentum.NAME,"
-            " no operands, no elementwise"
+            "no dynamic loss scale, no choice of layers, no adamw, no collage, no muon, no clipping, no compensation,"
+            " no momentum.NAME, no operands, no elementwise"
         )
         raise refused("backend", "qtorch", f"{others} (qtorch's OptimLP knows {lacks})")
     if config.transforms():

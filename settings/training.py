@@ -13,7 +13,9 @@ OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAM
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
     "collage": ("exp_avg", "exp_avg_sq", "weight_rest", "exp_avg_sq_rest"),  # AdamW in bfloat16, of pairs
+    "muon": ("momentum_buffer", "exp_avg", "exp_avg_sq"),  # of hidden matrices; the others are AdamW's
 }
+BETAS = (0.9, 0.999)  # torch's own of Adam and AdamW, and Collage's
 
 setting = of_group("training")
 
@@ -46,14 +48,41 @@ class TrainingSettings:
         default_text="an epoch; with --steps, at the end alone",
     )
     batch_size: int = setting(256, kinds.whole(1), "rows in a step")
+    micro_batch: int | None = setting(
+        None,
+        kinds.or_none(kinds.whole(1)),
+        "rows that pass through the model at once; their gradients are added until the step has its batch",
+        default_text="the whole batch",
+    )
     optimizer: str = setting("sgd", kinds.name_or_function(OPTIMIZERS), "optimizer")
     learning_rate: float = setting(0.01, kinds.POSITIVE, "learning rate; its peak, where there is a schedule")
     momentum: float = setting(0.0, kinds.NOT_NEGATIVE, "momentum of sgd")
+    betas: tuple[float, float] | None = setting(
+        None,
+        kinds.or_none(kinds.BETAS),
+        "how slowly the two moments of Adam forget; not with sgd",
+        default_text="0.9,0.999",
+    )
     weight_decay: float = setting(0.0, kinds.NOT_NEGATIVE, "weight decay, as the optimizer defines it")
+    decay: str = setting(
+        "all",
+        kinds.one_of("all", "matrices"),
+        "what weight decay is for; matrices: the parameters of two dimensions or more, embeddings among them",
+    )
+    clip_norm: float | None = setting(
+        None,
+        kinds.or_none(kinds.POSITIVE),
+        "the largest norm of the gradients of all parameters together, to which longer ones are shortened",
+        default_text="none",
+    )
     schedule: str = setting(
         "constant",
         kinds.one_of("constant", "cosine", "onecycle"),
         "learning rate over the steps of the run",
+    )
+    warmup: int = setting(0, kinds.whole(0), "steps in which the learning rate rises to its peak; not with onecycle")
+    final_learning_rate: float = setting(
+        0.0, kinds.NOT_NEGATIVE, "where cosine ends, from the end of the warmup to the last step"
     )
     average_last: float = setting(
         0.0,
