@@ -60,6 +60,13 @@ class RunRounding:
         """The loss to call backward() on."""
         return self._low.scale(loss)
 
+    def unscale(self) -> bool:
+        """Rounds the gradients and divides the loss scale out of them, before the step does, for what reads or changes
+        them; whether that step will be skipped. Not with the backend qtorch.
+        """
+        self.loss_scale.unscale(self.optimizer)
+        return self.optimizer.low_precision.overflowed  # type: ignore[attr-defined]
+
     def kept(self) -> list[Tensor]:
         """The accumulators, and what compensations hold."""
         return list(self._low.kept())

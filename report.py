@@ -92,11 +92,13 @@ def parser() -> Parser:
     made.add_argument(
         "--metric", help=f"of metrics.jsonl [default: the first that the records have of {', '.join(METRICS)}]"
     )
-    made.add_argument("--at", help="comma-separated epochs of the table and of --save [default: last]")
+    made.add_argument(
+        "--at", help="comma-separated epochs of the table and of --save, of runs by steps steps [default: last]"
+    )
     made.add_argument("--figure", type=_path, help="a PNG or SVG file: where the settings end, and curves")
     made.add_argument("--map", type=_path, help="a PNG or SVG file: the last value by exponent and mantissa bits")
     made.add_argument("--title", default="", help="of the figure [default: data, model, and what is varied]")
-    made.add_argument("--save", type=_path, help="a CSV file of every run: all epochs, or those of --at")
+    made.add_argument("--save", type=_path, help="a CSV file of every run: all lines of metrics, or those of --at")
     made.add_argument("--output", type=_path, help="a folder for all of it: table, figures as PNG and SVG, runs")
     made.add_argument("--html", type=_path, help="an HTML file of all of it, to look at; of running sweeps too")
     made.add_argument(
@@ -197,7 +199,7 @@ def _left_out(counts: Counter[str]) -> str:
 def _metric(runs: Sequence[Run], name: str | None) -> str:
     known = records.metrics_of(runs)
     if not known:
-        raise ValueError("the runs have no metric: each of them ended before its first epoch did")
+        raise ValueError("the runs have no metric: each of them ended before its first evaluation")
     if name is None:
         return next((metric for metric in METRICS if metric in known), known[-1])
     if name not in known:

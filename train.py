@@ -127,8 +127,7 @@ def train_step(model: nn.Module, batch: Batch, task: Task, rounding: RunRounding
                 state.metrics.add(whole_loss, correct, rows)
                 state.losses.add(whole_loss, state.step + 1)
             rounding.scale(part.share(loss)).backward()
-    if state.clipping:
-        rounding.loss_scale.unscale(rounding.optimizer)
+    if state.clipping and not rounding.unscale():
         state.clipping.clip()
     rounding.optimizer.step()
     if state.schedule:

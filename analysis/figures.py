@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from analysis.run import common_unit
 from analysis.runs import Run, Setting, baseline_of, main_rule, names, settings_of, write
 from analysis.tables import band, is_percent
 from low_precision.formats import AnyFormat, BlockFormat
@@ -107,14 +108,15 @@ def store(chart: Any, path: Path) -> None:
 class Row:
     """A setting as it is drawn; accuracies in percent.
 
-    place: where it stands, from the top, in lines. ends: by panel, the last values of its runs. by_epoch: all values.
+    place: where it stands, from the top, in lines. ends: by panel, the last values of its runs. by_epoch: all values,
+    or by step where all runs have steps.
     """
 
     setting: Setting
     name: str
     look: Look
     ends: list[list[float]]
-    by_epoch: dict[int, list[float]]
+    by_epoch: dict[float, list[float]]
     place: float = 0.0
 
     @property
@@ -135,7 +137,7 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str = "", epochs
     """
     plt = pyplot()
     settings = settings_of(runs)
-    panels = list(epochs[-3:]) or [None]
+    panels, unit = list(epochs[-3:]) or [None], common_unit(settings)
     rows = _rows(settings, metric, panels)
     baseline = _only_baseline(rows, settings)
     shown_rows = _placed(_fewer(rows, baseline))
@@ -152,14 +154,14 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str = "", epochs
         _marks(axes, shown_rows, number, metric, logarithmic)
         if baseline and baseline.ends[number]:
             axes.axvline(statistics.median(baseline.ends[number]), color="black", linewidth=1, alpha=0.6, zorder=1)
-        axes.set_title(f"after epoch {epoch}" if epoch else _last_epoch(settings), fontsize="medium")
+        axes.set_title(f"after {unit} {epoch}" if epoch else _last_place(settings), fontsize="medium")
         if number:
             axes.tick_params(labelleft=False)
         else:
             _names(chart, axes, shown_rows, [row.name for row in drawn] if has_curves else [])
     if has_curves:
-        _lines(grid[0][-1], drawn, metric, logarithmic)
-        grid[0][-1].set_title("by epoch" + ", where it differs" * (len(drawn) < len(rows)), fontsize="medium")
+        _lines(grid[0][-1], drawn, metric, logarithmic, unit)
+        grid[0][-1].set_title(f"by {unit}" + ", where it differs" * (len(drawn) < len(rows)), fontsize="medium")
     chart.suptitle(title or title_of(settings, metric))
     chart.supxlabel(_about_runs(rows, shown_rows), fontsize="small")
     store(chart, path)
@@ -169,8 +171,8 @@ def title_of(settings: Sequence[Setting], metric: str) -> str:
     """Data, model and what is varied."""
     configs = [setting.config for setting in settings]
     data, models = (", ".join(sorted({getattr(c, name) for c in configs})) for name in ("dataset", "model_name"))
-    epochs = {config.epochs for config in configs}
-    passes = f", {max(epochs)} epochs" if len(epochs) == 1 else ""
+    lengths = {f"{c.epochs} epochs" if c.steps is None else f"{c.steps} steps" for c in configs}
+    passes = f", {lengths.pop()}" if len(lengths) == 1 else ""
     return f"{data}, {models}{passes}: {_words(metric)} by what is rounded"
 
 
@@ -190,13 +192,13 @@ def factor(metric: str) -> int:
 
 def _rows(settings: Sequence[Setting], metric: str, panels: Sequence[int | None]) -> list[Row]:
     """The best one first; last the settings without a value."""
-    times, rows = factor(metric), []
+    times, rows, unit = factor(metric), [], common_unit(settings)
     for setting, name, its_look in zip(settings, names(settings), _looks(settings), strict=True):
-        by_epoch: dict[int, list[float]] = {}
+        by_epoch: dict[float, list[float]] = {}
         for run in setting.runs:
             for line in run.history:
                 if (value := line.get(metric)) is not None:
-                    by_epoch.setdefault(int(line["epoch"]), []).append(times * value)
+                    by_epoch.setdefault(line[unit], []).append(times * value)
         ends = [[times * value for value in setting.values(metric, epoch)] for epoch in panels]
         rows.append(Row(setting, _wrapped(name), its_look, ends, dict(sorted(by_epoch.items()))))
     sign = -1 if is_percent(metric) else 1
@@ -266,7 +268,7 @@ def _that_differ(rows: Sequence[Row], baseline: Row | None, logarithmic: bool) -
     if not rows:
         return []
 
-    def curve(row: Row) -> dict[int, float]:
+    def curve(row: Row) -> dict[float, float]:
         medians = {epoch: statistics.median(values) for epoch, values in row.by_epoch.items()}
         return {epoch: math.log(value) for epoch, value in medians.items() if value > 0} if logarithmic else medians
 
@@ -360,8 +362,8 @@ def _names(chart: Any, axes: Any, rows: Sequence[Row], with_curves: Sequence[str
             )
 
 
-def _lines(axes: Any, rows: Sequence[Row], metric: str, logarithmic: bool) -> None:
-    """The median of each row by epoch, its mark at the end, and a band where there are several runs."""
+def _lines(axes: Any, rows: Sequence[Row], metric: str, logarithmic: bool, unit: str) -> None:
+    """The median of each row by epoch or step, its mark at the end, and a band where there are several runs."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     for row in reversed(rows):  # the baseline on top
@@ -375,20 +377,20 @@ def _lines(axes: Any, rows: Sequence[Row], metric: str, logarithmic: bool) -> No
             low, high = zip(*(band(row.by_epoch[epoch]) for epoch in epochs), strict=True)
             axes.fill_between(epochs, low, high, color=row.look.colour, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if max((epoch for row in rows for epoch in row.by_epoch), default=0) >= MANY_EPOCHS:
+    if unit == "epoch" and max((epoch for row in rows for epoch in row.by_epoch), default=0) >= MANY_EPOCHS:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda epoch, _: f"{epoch:g}"))
     if logarithmic:
         axes.set_yscale("log")
-    axes.set(xlabel="epoch", ylabel=axis_label(metric))
+    axes.set(xlabel=unit, ylabel=axis_label(metric))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _last_epoch(settings: Sequence[Setting]) -> str:
-    epochs = {setting.epochs for setting in settings}
-    return f"after epoch {max(epochs)}" if len(epochs) == 1 else "after the last epoch"
+def _last_place(settings: Sequence[Setting]) -> str:
+    places = {f"{setting.unit} {setting.last}" for setting in settings}
+    return f"after {places.pop()}" if len(places) == 1 else f"after the last {common_unit(settings)}"
 
 
 def _about_runs(rows: Sequence[Row], shown_rows: Sequence[Row]) -> str:

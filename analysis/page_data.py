@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from analysis.figures import axis_label, title_of
+from analysis.run import common_unit, units
 from analysis.runs import (
     NOT_IN_FLAGS,
     ROUNDING_FIELDS,
@@ -62,6 +63,8 @@ def page_data(runs: Sequence[Run], metric: str, page_folder: Path, title: str = 
     baselines = [baseline_of(setting, ended) for setting in ended]
     data: dict[str, Any] = {
         "title": title or title_of(settings, metric),
+        "unit": common_unit(settings),
+        "units": units(settings),
         "metric": metric,
         "metrics": [{"name": m, "label": axis_label(m), "percent": is_percent(m)} for m in metrics],
         "statuses": Counter(run.status for run in runs).most_common(),
@@ -106,7 +109,9 @@ def _texts(config: Config) -> dict[str, str]:
     """Each field for people; of what may be repeated, such as --site, what a recipe does not bring."""
     flags = flags_of(config)
     said = {name: [flags[i + 1] for i, word in enumerate(flags) if word == flag(name)] for name in REPEATABLE}
-    return {f.name: _text(tuple(said[f.name]) if f.name in said else getattr(config, f.name)) for f in fields(Config)}
+    values = {f.name: tuple(said[f.name]) if f.name in said else getattr(config, f.name) for f in fields(Config)}
+    values["epochs"] = None if config.steps is not None else config.epochs
+    return {name: _text(value) for name, value in values.items()}
 
 
 def common_flags(configs: Sequence[Config]) -> list[str]:
@@ -160,8 +165,8 @@ def _runs(runs: Sequence[Run], metrics: Sequence[str], page_folder: Path) -> dic
         "rounding_seeds": [run.config.noise_seed for run in runs],
         "statuses": statuses,
         "status": [statuses.index(run.status) for run in runs],
-        "epochs": [run.epochs for run in runs],
-        "of": [run.config.epochs for run in runs],
+        "epochs": [run.last for run in runs],
+        "of": [run.planned for run in runs],
         "seconds": [digits(run.seconds) for run in runs],
         "folders": [_link(run.folder, page_folder) if run.folder else "" for run in runs],
         "remarks": [list(run.remarks) for run in runs] if any(run.remarks for run in runs) else [],
@@ -178,19 +183,20 @@ def _link(folder: Path, page_folder: Path) -> str:
 
 
 def _curves(settings: Sequence[Setting], metrics: Sequence[str]) -> dict[str, Any]:
-    """For each setting its epochs, and by metric the median, the 5th and the 95th percentile, and each run's values.
+    """For each setting its epochs (steps, where all runs have them), and by metric the median, the 5th and the 95th
+    percentile, and each run's values.
 
     Epochs are those of its longest run, or some of them, evenly; "of" is how many there are. A run that has not come so
     far, or diverged before, does not count there.
     """
-    runs = sum(len(setting.runs) for setting in settings)
+    runs, unit = sum(len(setting.runs) for setting in settings), common_unit(settings)
     number = CURVE_NUMBERS // max(1, len(metrics) * (3 * len(settings) + runs))
     most = min(MOST_EPOCHS, max(FEWEST_EPOCHS, number))
     made = []
     for setting in settings:
-        every = sorted({int(line["epoch"] or 0) for run in setting.runs for line in run.history})
+        every = sorted({line[unit] or 0 for run in setting.runs for line in run.history})
         epochs = picked(every, most)
-        lines = [{line["epoch"]: line for line in run.history} for run in setting.runs]
+        lines = [{line[unit]: line for line in run.history} for run in setting.runs]
         by_metric = {}
         for metric in metrics:
             each = [[digits(line.get(epoch, {}).get(metric)) for epoch in epochs] for line in lines]

@@ -21,12 +21,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from analysis.run import UNFINISHED as UNFINISHED
+from analysis.run import Run, Setting, is_metric
 from lab.files import write_whole
 from lab.fingerprint import split_code
 from lab.record import REPLACING, summary_of
 from low_precision.formats import FLOAT32, AnyFormat, BlockFormat
 from low_precision.rounding import FewBits, Rounding
-from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Line, Rule, effective, in_order, is_there, site_line
+from low_precision.rules import ALL_SITES, OPERANDS, PRODUCTS, Rule, effective, in_order, is_there, site_line
 from settings.config import INDECISIVE, Config, flag
 from settings.flags import config_of, flags_of
 from settings.recipes import RECIPES
@@ -41,75 +43,6 @@ TRAINING_FIELDS = [
     if f.name not in (*ROUNDING_FIELDS, *NOT_IN_FLAGS, "average_last") and f.metadata["group"] != "records"
 ]
 UNROUNDED = Rule(FLOAT32, Rounding.NEAREST)
-UNFINISHED = "going on or killed"  # a record without a summary looks the same in both cases
-
-
-@dataclass(frozen=True)
-class Run:
-    """One record. history: the lines of its metrics.jsonl; NaN and infinite metrics are None.
-
-    status: of a run without a summary, UNFINISHED. code: the fingerprint of the code that made it; None of an earlier
-    version, and of CSV files, which have none. folder: the record; None of a CSV file. remarks: what its end said.
-    """
-
-    config: Config
-    status: str
-    seconds: float
-    history: list[dict[str, float | None]]
-    code: str | None = None
-    folder: Path | None = None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def ended(self) -> bool:
-        """By itself, complete or diverged."""
-        return self.status in REPLACING
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    def value(self, metric: str, epoch: int | None = None) -> float | None:
-        """After that epoch, or the last one -> None where there is none, as of a diverged run."""
-        if epoch is None:
-            return self.history[-1].get(metric) if self.history and self.status != "diverged" else None
-        return next((line.get(metric) for line in self.history if line["epoch"] == epoch), None)
-
-    @property
-    def epochs(self) -> int:
-        return int(self.history[-1]["epoch"]) if self.history else 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Runs that differ in their seeds alone, at least one. config: that of the first one, whose seeds mean nothing."""
-
-    config: Config
-    runs: tuple[Run, ...]
-
-    @functools.cached_property
-    def rules(self) -> dict[str, Rule]:
-        return self.config.rules()
-
-    @functools.cached_property
-    def lines(self) -> tuple[Line, ...]:
-        """What stands over the rules in some modules."""
-        return self.config.lines()
-
-    @property
-    def rounds(self) -> bool:
-        """Whether anything is rounded."""
-        some = self.rules or self.config.transforms() or any(is_there(line.site, line.rule) for line in self.lines)
-        return bool(some)
-
-    def values(self, metric: str, epoch: int | None = None) -> list[float]:
-        """Those of its runs, where there is one."""
-        return [value for run in self.runs if (value := run.value(metric, epoch)) is not None]
-
-    @property
-    def epochs(self) -> int:
-        """The last one of its longest run."""
-        return max(run.epochs for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -231,19 +164,22 @@ def _from_csv(path: Path) -> Iterator[Run]:
                 raise ValueError(f"{path}: line {table.line_num} is no line of --save: {reason}") from None
 
 
-def save(runs: Sequence[Run], path: Path, epochs: Collection[int] = ()) -> None:
-    """A CSV file with a line for each epoch of each run, or for these epochs: small enough to keep beside the code."""
-    metrics = list(dict.fromkeys(name for run in runs for line in run.history for name in line if name != "epoch"))
+def save(runs: Sequence[Run], path: Path, places: Collection[int] = ()) -> None:
+    """A CSV file with a line for each epoch (evaluation) of each run, or for these epochs or steps: small enough to
+    keep beside the code. Steps are the first column behind COLUMNS, where there are some.
+    """
+    metrics = list(dict.fromkeys(name for run in runs for line in run.history for name in line if is_metric(name)))
+    columns = ["step"] * any(run.unit == "step" for run in runs)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*COLUMNS, *metrics])
+    rows.writerow([*COLUMNS, *columns, *metrics])
     for run in runs:
-        kept = [line for line in run.history if not epochs or line["epoch"] in epochs]
+        kept = [line for line in run.history if not places or line[run.unit] in places]
         for line in kept or [{}]:  # a run that diverged before them is still a run
             values = [None if line.get(name) is None else f"{line[name]:.6g}" for name in metrics]
-            epoch = int(line["epoch"]) if line else None
+            place = [None if line.get(name) is None else f"{line[name]:.9g}" for name in ("epoch", *columns)]
             seeds = run.config.seed, run.config.rounding_seed
-            rows.writerow([flags_text(run.config), *seeds, run.status, f"{run.seconds:.4g}", epoch, *values])
+            rows.writerow([flags_text(run.config), *seeds, run.status, f"{run.seconds:.4g}", *place, *values])
     write(path, text.getvalue())
 
 
@@ -263,7 +199,7 @@ def flags_text(config: Config) -> str:
 
 
 def metrics_of(runs: Iterable[Run]) -> list[str]:
-    return sorted({name for run in runs for line in run.history for name in line if name != "epoch"})
+    return sorted({name for run in runs for line in run.history for name in line if is_metric(name)})
 
 
 # Settings: what belongs together, and what is compared with what.
@@ -357,7 +293,8 @@ def names(settings: Sequence[Setting]) -> list[str]:
     for text, config in zip(texts, configs, strict=True):
         alike = [other for other_text, other in zip(texts, configs, strict=True) if other_text == text]
         special = {name for other in alike for name in _differences(config, other)} - set(common)
-        flags = [f"{flag(name)} {_shown(getattr(config, name))}" for name in (*common, *sorted(special))]
+        told = [name for name in (*common, *sorted(special)) if _decides(config, name)]
+        flags = [f"{flag(name)} {_shown(getattr(config, name))}" for name in told]
         complete.append(" ".join([text, *flags]))
     return complete
 
@@ -365,6 +302,11 @@ def names(settings: Sequence[Setting]) -> list[str]:
 def _differences(config: Config, other: Config) -> list[str]:
     """The fields in which they differ, but for the seeds."""
     return config.differences(replace(other, seed=config.seed, rounding_seed=config.rounding_seed))
+
+
+def _decides(config: Config, name: str) -> bool:
+    """Whether a run has that setting at all: no epochs beside steps, and nothing that is off."""
+    return getattr(config, name) is not None and not (name == "epochs" and config.steps is not None)
 
 
 def _shown(value: Any) -> str:

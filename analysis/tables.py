@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from analysis.run import units
 from analysis.runs import Run, Setting, baseline_of, flags_text, names, settings_of
 
 RESAMPLES = 9999  # of the bootstrap
@@ -34,6 +35,7 @@ NUMBERS = (  # the columns of `numbers`
     "median_difference",
     "diverged",
     "without_value",
+    "unit",
 )
 
 
@@ -107,9 +109,10 @@ def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None
     summaries = [_summaries(setting, settings, metric, epochs) for setting in settings]
     every = [one.differences for line in summaries for one in line if one.differences is not None]
     unit = ", points" if is_percent(metric) else ""
-    head = ["what is rounded", "runs", "epochs"]
+    head = ["what is rounded", "runs", units(settings)]
+    singular = units(settings).replace("epochs", "epoch").replace("steps", "step")
     for epoch in epochs:
-        head.append(metric.replace("_", " ") + (f", epoch {epoch}" if epoch else ""))
+        head.append(metric.replace("_", " ") + (f", {singular} {epoch}" if epoch else ""))
         if any(len(differences) > 1 for differences in every):
             head.append(f"difference to float32{unit}: mean over pairs of the same seed [95 % interval]")
             head.append("median of the pairs")
@@ -117,7 +120,7 @@ def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None
             head.append(f"difference to float32 with the same seed{unit}")
     lines = [head]
     for name, setting, line in zip(names(settings), settings, summaries, strict=True):
-        cells = [name, str(len(setting.runs)), "-".join(map(str, _ends([run.epochs for run in setting.runs])))]
+        cells = [name, str(len(setting.runs)), "-".join(map(str, _ends([run.last for run in setting.runs])))]
         for one in line:
             cells.append(_value_text(one, metric))
             if every:
@@ -174,7 +177,7 @@ def numbers(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (No
     """The table as a CSV text for programs: a line for each setting and epoch, a number in each column of NUMBERS.
 
     Metrics are as in metrics.jsonl: an accuracy is a share. A column is empty where there is no such number. epochs:
-    those of the setting's longest run; epoch: the one that the line is about.
+    those of the setting's longest run; epoch: the one that the line is about; both are steps where unit says so.
     """
     settings = settings_of(runs)
     text = io.StringIO()
@@ -186,9 +189,9 @@ def numbers(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (No
             differences = one.differences or []
             ends = interval(differences) or (None, None)
             mean, median = (f(differences) if differences else None for f in (statistics.fmean, statistics.median))
-            row = [name, flags_text(setting.config), len(setting.runs), setting.epochs, metric]
-            row += [setting.epochs if one.epoch is None else one.epoch]
+            row = [name, flags_text(setting.config), len(setting.runs), setting.last, metric]
+            row += [setting.last if one.epoch is None else one.epoch]
             row += [statistics.median(one.values) if one.values else None, low, high]
-            row += [len(differences), mean, *ends, median, one.diverged, one.without_value]
+            row += [len(differences), mean, *ends, median, one.diverged, one.without_value, setting.unit]
             rows.writerow([f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row])
     return text.getvalue()

@@ -14,8 +14,7 @@ from lab.metrics import Metrics
 class Clipping:
     """Shortens the gradients of these parameters together, by torch's clip_grad_norm_.
 
-    The norms are summed on the device until the next evaluation; those of steps that a dynamic loss scale skips, which
-    are not finite, do not count.
+    The norms are summed on the device until the next evaluation; those that are not finite do not count.
     """
 
     def __init__(self, limit: float, parameters: Iterable[Tensor], device: torch.device) -> None:
@@ -27,7 +26,7 @@ class Clipping:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # norms, steps, steps that were clipped
 
     def clip(self) -> None:
-        """Between the backward pass, whose loss scale is divided out, and the step."""
+        """Between the backward pass, once its loss scale is divided out, and the step. Not of one that is skipped."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._limit)
         finite = norm.isfinite()
         self._sums += torch.stack([norm.masked_fill(~finite, 0.0), finite, finite & (norm > self._limit)]).double()

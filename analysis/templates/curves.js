@@ -1,4 +1,4 @@
-// Curves by epoch, with bands.
+// Curves by epoch or step, with bands.
 
 /** The legend of what is drawn; it names what has no value of the metric, too. */
 function legend(data, drawn, state) {
@@ -15,7 +15,7 @@ function legend(data, drawn, state) {
 }
 
 function curvesSection(data, drawn, state) {
-  const chart = new Chart("Curves by epoch", () => {
+  const chart = new Chart(`Curves by ${data.unit}`, () => {
     const show = shownValue(data, state.metric);
     const { label, percent: isPercent } = data.metrics.find((one) => one.name === state.metric);
     const traces = [];
@@ -24,14 +24,15 @@ function curvesSection(data, drawn, state) {
       const metric = curves.metrics[state.metric];
       if (metric) traces.push(...curveTraces(data, index, curves.epochs, metric, state, show, isPercent ? 100 : 1));
     }
-    // No epoch is half a one.
-    const few = !state.logEpochs && traces.every(({ x }) => x.every((epoch) => epoch <= 10));
+    // No tick is at half a one, where each of them is whole.
+    const few =
+      !state.logEpochs && traces.every(({ x }) => x.every((place) => place <= 10 && Number.isInteger(place)));
     return {
       traces,
       height: 430,
-      label: `${label} by epoch`,
+      label: `${label} by ${data.unit}`,
       layout: {
-        xaxis: { title: { text: "epoch" }, type: state.logEpochs ? "log" : "linear", ...(few && { dtick: 1 }) },
+        xaxis: { title: { text: data.unit }, type: state.logEpochs ? "log" : "linear", ...(few && { dtick: 1 }) },
         yaxis: { title: { text: plain(label) }, type: state.logValues ? "log" : "linear" },
       },
       pick: (trace) => traces[trace].picks !== undefined && state.pickRun(traces[trace].picks),
@@ -67,7 +68,7 @@ function curvesSection(data, drawn, state) {
         state.logValues = on;
         redraw();
       }),
-      checkbox("logarithmic epochs", "log-epochs", state.logEpochs, (on) => {
+      checkbox(`logarithmic ${data.unit}s`, "log-epochs", state.logEpochs, (on) => {
         state.logEpochs = on;
         redraw();
       }),
@@ -78,7 +79,7 @@ function curvesSection(data, drawn, state) {
       "p",
       { class: "faint" },
       "A line is the median over a setting's runs, a band goes from the 5th to the 95th percentile of those that came so far.",
-      fewer.length ? ` Of ${Math.max(...fewer.map((one) => one.of))} epochs, ${fewer[0].epochs.length} are drawn.` : "",
+      fewer.length ? ` Of ${Math.max(...fewer.map((one) => one.of))} ${data.unit}s, ${fewer[0].epochs.length} are drawn.` : "",
     ),
   );
   return redraw;
@@ -103,7 +104,7 @@ function curveTraces(data, index, epochs, metric, state, show, times) {
       picks: run,
       hovertemplate: "%{text}<extra></extra>",
       text: places.map(
-        (i) => `<b>${name}</b><br>seed ${data.runs.seeds[run]}<br>epoch ${epochs[i]}: ${show(values[i])}`,
+        (i) => `<b>${name}</b><br>seed ${data.runs.seeds[run]}<br>${data.unit} ${epochs[i]}: ${show(values[i])}`,
       ),
     });
   });
@@ -122,7 +123,7 @@ function curveTraces(data, index, epochs, metric, state, show, times) {
         hovertemplate: "%{text}<extra></extra>",
         text: places.map(
           (i) =>
-            `<b>${name}</b><br>epoch ${epochs[i]}: ${show(metric.median[i])}<br>5 to 95 %: ${show(metric.low[i])} to ${show(metric.high[i])}<br>${metric.number[i]} of ${metric.runs.length} runs`,
+            `<b>${name}</b><br>${data.unit} ${epochs[i]}: ${show(metric.median[i])}<br>5 to 95 %: ${show(metric.low[i])} to ${show(metric.high[i])}<br>${metric.number[i]} of ${metric.runs.length} runs`,
         ),
       },
     );

@@ -26,7 +26,7 @@ function runsSection(data, drawn, state) {
     { title: "last value", kind: "number", cell: (run) => shownValue(data, state.metric)(value(run)), value },
     { title: "status", cell: status, value: status },
     {
-      title: "epochs",
+      title: data.units,
       kind: "number",
       cell: (run) =>
         runs.epochs[run] < runs.of[run] ? `${runs.epochs[run]} of ${runs.of[run]}` : String(runs.epochs[run]),

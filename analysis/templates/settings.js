@@ -79,7 +79,7 @@ function settingsSection(data, drawn, state, changed) {
       value: (row) => row.runs.length,
     },
     {
-      title: "epochs",
+      title: data.units,
       kind: "number",
       cell: (row) => {
         const all = epochs(row);

@@ -262,7 +262,7 @@ def test_the_table_for_programs_holds_numbers(made):
     assert float(second["median"]) == pytest.approx(statistics.median(other.values("testing_mse")), rel=1e-8)
     counts = [second[name] for name in ("runs", "epochs", "pairs", "diverged", "without_value")]
     assert counts == ["100", "5", "99", "1", "0"]
-    words = ("setting", "flags", "metric")
+    words = ("setting", "flags", "metric", "unit")
     assert all(float(line[name] or 0) is not None for line in lines for name in tables.NUMBERS if name not in words)
 
 

@@ -36,12 +36,20 @@ VALUES = {
     "model": st.sampled_from([*MODEL_NAMES, "mine.py:net"]),
     "model_options": st.none() | st.sampled_from(["layers=2", "width=8,dropout=0.5,heads=1", "relu=true,name=a-b"]),
     "epochs": st.integers(0, 10**30),
+    "steps": st.none() | st.integers(0, 10**30),
+    "evaluate_every": st.none() | st.integers(1, 10**30),
     "batch_size": st.integers(1, 10**30),
+    "micro_batch": st.none() | st.integers(1, 10**30),
     "optimizer": st.sampled_from([*OPTIMIZERS, "mine.py:lion"]),
     "learning_rate": st.floats(1e-300, 1e30),
     "momentum": st.floats(0, 1e30),
+    "betas": st.none() | st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     "weight_decay": st.floats(0, 1e30),
+    "decay": st.sampled_from(["all", "matrices"]),
+    "clip_norm": st.none() | st.floats(1e-300, 1e30),
     "schedule": st.sampled_from(["constant", "cosine", "onecycle"]),
+    "warmup": st.integers(0, 10**30),
+    "final_learning_rate": st.floats(0, 1e30),
     "average_last": st.floats(0, 1),
     "seed": st.integers(0, 2**32 - 1),
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
@@ -90,7 +98,7 @@ def test_the_command_of_a_run_is_that_run(draw, names):
         try:
             assert getattr(config_of(left_out), names[0]) == default
         except ConfigError:  # the others need it, as a model of images needs a data set of them
-            assert names[0] in ("optimizer", "dataset", "momentum", "watch")
+            assert names[0] in ("optimizer", "dataset", "momentum", "watch", "schedule", "learning_rate", "steps")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
