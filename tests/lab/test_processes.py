@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from run_helpers import ROOT, only
+from run_helpers import ROOT, bits, only
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ALONE = ("--wandb", "disabled")
@@ -126,3 +126,49 @@ def test_a_batch_without_a_row_for_each_process_is_refused(tmp_path):
     ran = torchrun(2, tmp_path, *flags, check=False)
     assert ran.stderr.count("--batch-size: given 7, allowed: what leaves a row for each of 2 processes") == 1
     assert not (tmp_path / "runs").exists()
+
+
+MICRO = ["--dataset", "digits", "--model", "mlp", "--batch-size", 101, "--micro-batch", 20, "--optimizer", "adamw"]
+MICRO += ["--weight-decay", 0.1, "--decay", "matrices", "--clip-norm", 0.5, "--schedule", "cosine", "--warmup", 3]
+MICRO += ["--steps", 24, "--evaluate-every", 9, "--precision", "float8", "--rounding", "stochastic"]
+MICRO += ["--quantize", "inputs,activations,errors", "--learning-rate", 1e-3]
+
+
+def test_parts_of_parts_are_rounded_as_in_one_process(cli, tmp_path):
+    """50 and 51 rows: three parts each, the noise of each row that of the whole batch; one all-reduce a step."""
+    flags = [*ALONE, *MICRO, "--optimizer", "sgd"]  # Adam makes much of gradients that are nearly 0
+    torchrun(2, tmp_path, *flags, "--output-dir", tmp_path / "two")
+    _, lines = records(tmp_path / "two")
+    alone = cli(*flags, "--micro-batch", 101)  # in one piece
+    assert [line["step"] for line in lines] == [9, 18, 24]
+    for line, expected in zip(lines, alone.metrics, strict=True):
+        for name in ("training_loss", "testing_loss", "gradient_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_between_two_evaluations(tmp_path):
+    """The same bits as if they had been left alone: one of them is told to stop, and both do after the same step."""
+    stop = tmp_path / "stop.py"
+    stop.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from lab.console import Progress
+step, done = Progress.step, []
+def stepped(progress, loss):
+    step(progress, loss)
+    done.append(1)
+    if len(done) == 13 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+Progress.step = stepped
+import main
+status = main.main(sys.argv[1:])
+sys.exit(0 if status == 143 else 1)  # else torchrun would kill the other one
+""")
+    flags = [*ALONE, *MICRO, "--site", "momentum=float16:stochastic", "--shadow", "--loss-scale", "dynamic"]
+    torchrun(2, tmp_path, *flags, "--output-dir", tmp_path / "straight")
+    torchrun(2, tmp_path, *flags, "--output-dir", tmp_path / "runs", script=stop)
+    folder = only(tmp_path / "runs")
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 13
+    torchrun(2, tmp_path, *ALONE, "--resume", folder)
+    assert bits(only(tmp_path / "runs")) == bits(only(tmp_path / "straight"))
