@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 CIFAR10_FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 STEP_LINES = ("layers.jsonl", "shadow.jsonl")  # what a run leaves besides, where it is asked for
 
 BOSTON = ["--dataset", "boston", "--batch-size", 64, "--epochs", 4]  # 7 steps an epoch
@@ -217,3 +220,21 @@ def stepped(progress, loss):
         os.kill(os.getpid(), signal.{name})
 Progress.step = stepped
 """
+
+
+# Several processes
+
+
+def torchrun(
+    count: int, folder, *arguments, check: bool = True, script=ROOT / "main.py"
+) -> subprocess.CompletedProcess:
+    command = [*TORCHRUN, count, script, *arguments]
+    ran = subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert not check or ran.returncode == 0, ran.stderr
+    return ran

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from run_helpers import bits, only, stopped, write_cifar10
+from run_helpers import ROOT, bits, kill_self, only, stopped, torchrun, write_cifar10
 
 from lab.batches import Batch
 from lab.processes import Processes
@@ -53,7 +53,7 @@ def test_every_row_has_the_bits_that_it_has_in_one_piece():
 
 def test_a_batch_in_parts():
     x, y = torch.arange(11.0)[:, None], torch.arange(11)
-    batch = Batch(x, y, 20, 50, Processes(torch.device("cpu")))
+    batch = Batch(x, y, 20, 50, Processes(torch.device("cpu")), seed=0)
     parts = batch.parts(4)
     assert [(part.first_row, part.rows, part.whole) for part in parts] == [(20, 4, 50), (24, 4, 50), (28, 3, 50)]
     assert torch.equal(torch.cat([part.x for part in parts]), x)
@@ -145,3 +145,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(cli):
     assert (ran.status, ran.summary["status"]) == (0, "diverged")
     state = torch.load(only(ran.folder.parent) / "checkpoint.pt", weights_only=True)
     assert state["step"] == ran.summary["diverged_step"] - 1
+
+
+# A language model: dropout, rounding and parts together
+
+VERSE = "The fog comes in on little feet,\nthe tide goes out on none.\n" * 20
+GPT = ["--dataset", "verse.txt", "--batch-size", 10, "--micro-batch", 4, "--steps", 20, "--evaluate-every", 8]
+GPT += ["--model-options", "layers=2,heads=2,width=32,context=8,dropout=0.2", "--recipe", "nvfp4", "--optimizer"]
+GPT += ["adamw", "--betas", "0.9,0.99", "--weight-decay", 0.1, "--decay", "matrices", "--clip-norm", 1, "--shadow"]
+GPT += ["--schedule", "cosine", "--warmup", 5, "--learning-rate", 0.01, "--final-learning-rate", 0.001, "--device"]
+GPT += ["cpu", "--wandb", "disabled"]
+
+
+def test_gpt_in_nvfp4_with_dropout_stopped_and_resumed(cli, tmp_path, monkeypatch):
+    (tmp_path / "verse.txt").write_text(VERSE)
+    expected = bits(cli(*GPT, "--output-dir", "straight").folder)
+    folder = stopped(cli, monkeypatch, *GPT, steps=11)
+    ran = cli("--resume", folder)
+    assert bits(ran.folder) == expected
+    assert [line["step"] for line in ran.metrics] == [8, 16, 20]
+
+
+@pytest.mark.slow
+def test_gpt_of_two_processes_stopped_and_resumed(tmp_path):
+    (tmp_path / "verse.txt").write_text(VERSE)
+    (tmp_path / "killed.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"if os.environ['RANK'] == '0':\n    exec({kill_self('SIGTERM', 11)!r}, {{}})\n"
+        "import main\nsys.exit(0 if main.main(sys.argv[1:]) == 143 else 1)\n"
+    )
+    torchrun(2, tmp_path, *GPT, "--output-dir", "straight")
+    torchrun(2, tmp_path, *GPT, script=tmp_path / "killed.py")
+    folder = only(tmp_path / "runs")
+    torchrun(2, tmp_path, "--resume", folder, "--wandb", "disabled")
+    assert bits(only(tmp_path / "runs")) == bits(only(tmp_path / "straight"))

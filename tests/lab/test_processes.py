@@ -4,29 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from run_helpers import ROOT, bits, only
+from run_helpers import ROOT, TORCHRUN, bits, only, torchrun
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ALONE = ("--wandb", "disabled")
-
-
-def torchrun(
-    count: int, folder, *arguments, check: bool = True, script=ROOT / "main.py"
-) -> subprocess.CompletedProcess:
-    command = [*TORCHRUN, count, script, *arguments]
-    ran = subprocess.run(
-        list(map(str, command)),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert not check or ran.returncode == 0, ran.stderr
-    return ran
 
 
 def records(folder) -> tuple[dict, list[dict]]:

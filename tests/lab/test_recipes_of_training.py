@@ -14,6 +14,7 @@ from lab import optimizers
 from lab.batches import row_numbers
 from lab.muon import MuonAdamW, hidden_matrices
 from settings.config import Config
+from settings.models import HEADS, MODEL_NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,6 +191,20 @@ def test_what_is_hidden():
     assert id(model.embedding.weight) not in {id(p) for p in hidden_matrices(model)}
     hidden = hidden_matrices(models.build("mlp", (13,), 1, 0))
     assert [tuple(p.shape) for p in hidden] == [(128, 13), (128, 128)]
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_what_is_hidden_in_our_models(name):
+    """All matrices of the blocks, and nothing of the head, which has its name in HEADS."""
+    shape, outputs = {"gpt": ((8,), 20), "linear": ((13,), 1), "mlp": ((13,), 1)}.get(name, ((3, 8, 8), 10))
+    model = models.build(name, shape, outputs, 0)
+    hidden = {id(p) for p in hidden_matrices(model)}
+    names = {n for n, p in model.named_parameters() if id(p) in hidden}
+    blocks = {n for n, p in model.named_parameters() if n.startswith(("blocks.", "hidden")) and p.ndim == 2}
+    assert names == blocks
+    assert not any(n.startswith(f"{HEADS[name]}.") for n in names)
+    if name in ("gpt", "vit"):
+        assert len(names) == 4 * len(model.blocks)
 
 
 def test_muon_is_torchs_two_optimizers(cli):

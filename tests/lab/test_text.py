@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from run_helpers import ROOT, bits, is_refused, kill_self, names, only, stopped
-from test_processes import torchrun
+from run_helpers import ROOT, bits, is_refused, kill_self, names, only, stopped, torchrun
 
 import data
 import models
