@@ -35,7 +35,7 @@ class TrainingSettings:
         kinds.or_none(OPTIONS),
         "what the model is like, as layers=4,heads=4,width=128,context=64,dropout=0; context: characters of a window of"
         " text",
-        default_text="those of its function in models.py",
+        default_text="those of its function",
     )
     epochs: int = setting(2, kinds.whole(0), "passes over the training rows")
     steps: int | None = setting(
