@@ -84,21 +84,18 @@ def round_run(
     ConfigError for a pattern of --layers or --site that matches nothing, and for rules that do not go together in a
     module: only the model knows its names.
     """
-    lines = config.lines()
+    check_names(config, model)
     scheme = Scheme(
         config.rules(),
         config.noise_seed,
         Overflow(config.overflow),
         config.backend,
-        lines=lines,
+        lines=config.lines(),
         transforms=config.transforms(),
         weights_only=config.recipe is not None,
         smallest_state=config.smallest_state,
     )
-    patterns = by_layer.patterns_of(config.layers)
     try:
-        by_layer.check_patterns(model, patterns)
-        by_layer.check_lines(model, lines, patterns, setting="site")
         low = LowPrecision(model, scheme, config.layers)
     except SettingError as error:
         raise ConfigError.of(error) from None
@@ -106,6 +103,16 @@ def round_run(
     low.loss_scale.overflow.over_processes = over_processes
     watcher = watch(model, config.watch, config.watch_also) if config.watch else None
     return RunRounding(low, optimizer, watcher)
+
+
+def check_names(config: Config, model: nn.Module) -> None:
+    """ConfigError for a pattern of --layers or --site that matches none of the model's modules."""
+    patterns = by_layer.patterns_of(config.layers)
+    try:
+        by_layer.check_patterns(model, patterns)
+        by_layer.check_lines(model, config.lines(), patterns, setting="site")
+    except SettingError as error:
+        raise ConfigError.of(error) from None
 
 
 def table(spec: str, numbers: Sequence[float], key: int = 0) -> str:

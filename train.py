@@ -20,7 +20,7 @@ from lab.batches import Batch, Batches
 from lab.clipping import Clipping
 from lab.environment import device_of
 from lab.fingerprint import fingerprint_of_run
-from lab.fitting import check_fit
+from lab.fitting import check_before_loading, check_fit
 from lab.metrics import TASKS, Diverged, Losses, Metrics, Task, TrainMetrics, evaluate
 from lab.plan import Plan
 from lab.processes import Processes
@@ -44,6 +44,7 @@ def run(config: Config, command: str | None = None, resume: Path | None = None, 
     """
     started, config = time.monotonic(), config.resolved()
     code = fingerprint_of_run(config)
+    check_before_loading(config)
     with Processes(device_of(config.device)) as processes:
         rows = (config.placed(config.dataset), config.test_split, config.seed, config.scale_on, config.data_dir)
         split = processes.first_before_others(lambda: data.load(*rows, config.options.get("context", data.CONTEXT)))

@@ -1,15 +1,30 @@
-"""Whether a model fits its data: asked of people's own models and data, before anything is recorded."""
+"""Whether a model fits its data and the settings its modules: asked before anything is recorded."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from data import DATASETS, DataSet, Text
+import models
+import quant
+from data import CONTEXT, DATASETS, DataSet, Text, spec_of
 from lab.batches import Batches
 from lab.console import in_a_line
 from settings.config import MODEL_NAMES, Config, refused
 from settings.config import shown_value as shown
+
+
+def check_before_loading(config: Config) -> None:
+    """What a model of ours says of its options and of patterns of --layers and --site: before a set is downloaded.
+
+    Nothing is asked where only loading tells what a sample is. ConfigError for what does not fit.
+    """
+    spec = spec_of(config.placed(config.dataset))
+    shape = (config.options.get("context", CONTEXT),) if spec.text else spec.shape
+    if config.model_name in MODEL_NAMES and shape is not None:
+        with torch.device("meta"), torch.random.fork_rng():  # of its names and sizes alone
+            model = models.build(config.model_name, shape, spec.outputs or 1, config.seed, config.options)
+        quant.check_names(config, model)
 
 
 def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet) -> None:

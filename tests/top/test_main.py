@@ -163,8 +163,11 @@ def test_arguments_that_are_unknown_or_do_not_go_together(cli, tmp_path, argumen
 def test_what_only_the_model_or_the_machine_knows_is_a_wrong_argument_too(cli, tmp_path, monkeypatch):
     is_refused(cli("--layers", "linear,fc*"), "--layers: given 'fc*'", "a pattern that matches one of: linear")
     missing = tmp_path / "missing"
-    ran = cli("--dataset", "cifar10", "--layers", "nope", "--data-dir", missing)  # said before any download
-    assert (ran.status, len(ran.err.splitlines())) == (2, 1)
+    for dataset in ("cifar10", "shakespeare"):  # said before any download
+        is_refused(cli("--dataset", dataset, "--layers", "nope", "--data-dir", missing), "--layers", "'nope'")
+        is_refused(cli("--dataset", dataset, "--site", "nope/products=fp16", "--data-dir", missing), "--site", "nope")
+    of_vit = "--dataset", "cifar10", "--model", "vit", "--model-options", "patch=5"
+    is_refused(cli(*of_vit, "--data-dir", missing), "--model-options", "patch=5", "divisor")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     is_refused(cli("--device", "cuda"), "--device", "cuda", "cpu")
     assert list(tmp_path.iterdir()) == []
