@@ -177,11 +177,12 @@ class Config(RecordSettings, RoundingSettings, TrainingSettings, DataSettings):
     def _without_effect(self) -> list[str]:
         """The settings of the training that decide nothing beside the others."""
         names = [name for name in TRAINING_ADDED_LATER if getattr(self, name) == getattr(Config, name)]
+        is_ours = self.optimizer in OPTIMIZERS  # else it is told these, and its own defaults may be others
         idle = {
             "epochs": self.steps is not None,
             "micro_batch": self.micro_batch is not None and self.micro_batch >= self.batch_size,
-            "betas": self.betas == BETAS,
-            "decay": not self.weight_decay,
+            "betas": is_ours and self.betas == BETAS,
+            "decay": is_ours and not self.weight_decay,
         }
         return list(dict.fromkeys([*names, *(name for name, is_idle in idle.items() if is_idle)]))
 

@@ -62,6 +62,12 @@ def test_what_decides_nothing_is_not_in_the_name():
     assert len(names | {plain.folder_name}) == len(decisive) + 1
 
 
+def test_what_an_optimizer_of_somebodys_own_is_told_is_in_the_name():
+    """Its own betas and weight decay, of which nothing is known here, may be others than ours."""
+    said = [{}, {"betas": "0.9,0.999"}, {"decay": "matrices"}]
+    assert len({Config.make(optimizer="mine.py:lion", **settings).folder_name for settings in said}) == 3
+
+
 def test_records_of_before_keep_their_bytes():
     """None of the settings is in a record at its default."""
     settings = json.loads(Config().to_json())
