@@ -26,8 +26,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import models
+from lab.lean import lean
 from lab.metrics import TASKS, TrainMetrics
-from lab.optimizers import lean
 from low_precision.model import LowPrecision
 from low_precision.rounding import Rounding
 from low_precision.rules import ALL_SITES, OPERANDS, rule_of

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.lean import lean
+
 # The layers that multiply what comes from one layer on its way to the next; their matrices may be hidden ones.
 _LAYERS = (nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _KINDS: dict[str, type[torch.optim.Optimizer]] = {"muon": torch.optim.Muon, "adamw": torch.optim.AdamW}
@@ -40,8 +42,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self, hidden: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]
     ) -> None:
-        muon = torch.optim.Muon(hidden, lr=lr, adjust_lr_fn="match_rms_adamw")  # type: ignore[arg-type]
-        adamw = torch.optim.AdamW(others, lr=lr, betas=betas)
+        muon = lean(torch.optim.Muon)(hidden, lr=lr, adjust_lr_fn="match_rms_adamw")  # type: ignore[call-arg]
+        adamw = lean(torch.optim.AdamW)(others, lr=lr, betas=betas)  # type: ignore[call-arg]
         groups = [group | {"optimizer": "muon"} for group in muon.param_groups]
         groups += [group | {"optimizer": "adamw"} for group in adamw.param_groups]
         super().__init__(groups, {})

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from training_helpers import equal, parameters
 
-from lab.optimizers import lean
+from lab.lean import lean
 
 KINDS = [
     (SGD, {"lr": 0.1}),
@@ -115,6 +115,7 @@ def test_a_differentiable_step_can_be_differentiated():
         ["--optimizer", "sgd", "--momentum", "0.9", "--schedule", "onecycle"],
         ["--optimizer", "adam", "--schedule", "cosine", "--loss-scale", "dynamic"],
         ["--optimizer", "adamw", "--dataset", "digits", "--site", "accumulator=float16:stochastic"],
+        ["--optimizer", "muon", "--dataset", "digits", "--model", "mlp", "--clip-norm", "1", "--warmup", "1"],
     ],
 )
 def test_a_run_does_not_import_the_compiler(tmp_path, arguments):
