@@ -378,8 +378,7 @@ def _of_text(name: str, spec: DataSet, text: str, context: int) -> Text:
 
     from sources.text_file import encoded
 
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
-        raise SettingError("model_options", f"context={context}", "a whole number >= 1")
+    check_context(context)
     symbols, numbers = encoded(text)
     if len(text) <= 10 * context or len(symbols) < 2:
         said = f"{shown(name)} of {len(text):,} characters, {len(symbols)} of them different"
@@ -388,6 +387,12 @@ def _of_text(name: str, spec: DataSet, text: str, context: int) -> Text:
     spec = replace(spec, samples=len(text), shape=(context,), outputs=len(symbols))
     train, test = torch.from_numpy(numbers).tensor_split([9 * len(text) // 10])
     return Text(spec, train, train[1:], test, test[1:], symbols=symbols)
+
+
+def check_context(context: object) -> None:
+    """SettingError for what is no number of characters of a window."""
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise SettingError("model_options", f"context={context}", "a whole number >= 1")
 
 
 def augment(

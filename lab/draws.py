@@ -1,9 +1,9 @@
-"""What a model draws from torch's own generators in a step, as dropout does."""
+"""What is drawn from torch's own generators: in a step, as by dropout, and beside the training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -29,3 +29,11 @@ def drawn(seed: int, step: int, first_row: int, device: torch.device) -> Iterato
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+def draws_kept(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside, from torch's generators of the CPU and of that device, is drawn again after it.
+
+    The devices are named, because torch warns where it would keep those of many.
+    """
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

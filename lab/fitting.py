@@ -7,9 +7,10 @@ from torch import nn
 
 import models
 import quant
-from data import CONTEXT, DATASETS, DataSet, Text, spec_of
+from data import CONTEXT, DATASETS, DataSet, Text, check_context, spec_of
 from lab.batches import Batches
 from lab.console import in_a_line
+from lab.draws import draws_kept
 from settings.config import MODEL_NAMES, Config, refused
 from settings.config import shown_value as shown
 
@@ -20,9 +21,12 @@ def check_before_loading(config: Config) -> None:
     Nothing is asked where only loading tells what a sample is. ConfigError for what does not fit.
     """
     spec = spec_of(config.placed(config.dataset))
-    shape = (config.options.get("context", CONTEXT),) if spec.text else spec.shape
+    context = config.options.get("context", CONTEXT)
+    if spec.text:
+        check_context(context)
+    shape = (context,) if spec.text else spec.shape
     if config.model_name in MODEL_NAMES and shape is not None:
-        with torch.device("meta"), torch.random.fork_rng():  # of its names and sizes alone
+        with torch.device("meta"), torch.random.fork_rng([]):  # of its names and sizes alone
             model = models.build(config.model_name, shape, spec.outputs or 1, config.seed, config.options)
         quant.check_names(config, model)
 
@@ -40,7 +44,7 @@ def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet)
     rows = torch.arange(min(count, 2 * processes.count), device=processes.device)
     batch = batches.part(rows, torch.Generator())
     expected = tuple(batch.y.shape) if spec.task == "regression" else (*batch.y.shape, spec.outputs)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), draws_kept(processes.device):
         model.eval()
         try:
             output = model(batch.x)

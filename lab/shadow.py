@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lab import optimizers
 from lab.batches import Batch
+from lab.draws import draws_kept
 from lab.metrics import Task
 from lab.step_lines import SHADOW, Row, StepLines, WandbKeys
 from low_precision.apart import apart, parameters_by_layer, rows_of
@@ -96,7 +97,7 @@ class Shadow:
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
     """What is drawn inside, from PyTorch's, NumPy's or Python's generator of the process, is drawn again after it."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, which a model may use
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with draws_kept(device):
         yield
     random.setstate(of_python)
     np.random.set_state(of_numpy)  # noqa: NPY002

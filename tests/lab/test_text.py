@@ -12,8 +12,10 @@ import data
 import models
 import sweep
 from data import Text
-from lab.batches import batch_rows
+from lab.batches import Batches, batch_rows
+from lab.fitting import check_before_loading, check_fit
 from lab.metrics import TASKS, evaluate, wandb_keys
+from lab.processes import Processes
 from lab.sample import sampled
 from low_precision.errors import SettingError
 from settings.config import Config
@@ -251,6 +253,8 @@ def test_a_sweep_over_options(verse, monkeypatch):
         (["--model-options", "layers=1,layers=2"], "(layers stands there twice)"),
         (["--model-options", "context=0"], "given context=0, allowed: a whole number >= 1"),
         (["--model-options", "context=500"], "characters"),
+        (["--dataset", "shakespeare", "--model-options", "context=-3"], "given context=-3, allowed: a whole"),
+        (["--dataset", "shakespeare", "--model-options", "context=wide"], "given context=wide, allowed: a whole"),
         (["--model", "mlp"], "--model: given mlp, allowed: gpt (verse.txt holds a text)"),
         (["--scale-on", "all"], "--scale-on: given all, allowed: train (a text is not scaled)"),
         (["--test-split", "0.5"], "verse.txt has its own split (the last tenth is for testing)"),
@@ -278,3 +282,17 @@ def test_a_context_is_a_whole_number(verse):
     for context in (0, 1.5, True):
         with pytest.raises(SettingError):
             data.load(str(verse), context=context)
+
+
+def test_a_model_is_looked_at_on_a_machine_of_many_devices(monkeypatch):
+    """Without the states of all of their generators, of which torch warns."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config, before = Config(dataset="shakespeare"), torch.get_rng_state()
+    check_before_loading(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    text = torch.arange(30) % 7
+    split = Text(data.DataSet(None, "language", 30, (4,), 7, "gpt"), text, text[1:], text, text[1:])
+    batches = Batches(Config(dataset="mine.txt"), split, Processes(torch.device("cpu")))
+    check_fit(batches.config, models.build("gpt", (4,), 7, 0), batches, split.spec)
+    with pytest.raises(SettingError, match="which gives"):
+        check_fit(batches.config, models.build("gpt", (4,), 6, 0), batches, split.spec)
