@@ -117,7 +117,7 @@ class Session:
             if isinstance(error, Stopped):
                 failure = _failure_of(self._write_checkpoint) or error
             elif error is not None:
-                failure = _out_of_memory(error, self.state.step + 1, self.state.config.batch_size) or error
+                failure = _out_of_memory(error, self.state.step + 1, self.state.config) or error
             self.progress.close()
             summary = self._summary(failure)
             folder = self._record.folder
@@ -273,12 +273,15 @@ def _failure_of(action: Callable[[], None]) -> BaseException | None:
     return None
 
 
-def _out_of_memory(error: BaseException, step: int, batch_size: int) -> MemoryError | None:
+def _out_of_memory(error: BaseException, step: int, config: Config) -> MemoryError | None:
     """One line for the many ways in which PyTorch says that there is no memory left; None for other errors."""
     text = str(error).strip().partition("\n")[0]
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in text for sign in MEMORY_SIGNS):
         return None
-    clearer = MemoryError(f"out of memory in step {step}: a --batch-size below {batch_size} needs less ({text})")
+    less = f"a --batch-size below {config.batch_size}"
+    if config.micro_batch and config.micro_batch < config.batch_size:  # which says how many rows are computed at once
+        less = f"a --micro-batch below {config.micro_batch}"
+    clearer = MemoryError(f"out of memory in step {step}: {less} needs less ({text})")
     clearer.__cause__ = error
     return clearer
 

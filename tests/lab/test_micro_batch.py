@@ -139,6 +139,13 @@ def test_images_are_augmented_as_in_one_piece(cli, tmp_path):
     assert abs(whole[0]["training_loss"] - parts[0]["training_loss"]) > 1e-4
 
 
+@pytest.mark.parametrize(("rows", "less"), [(30, "--micro-batch below 30"), (100, "--batch-size below 100")])
+def test_out_of_memory_names_the_flag_that_says_how_many_rows_pass_at_once(cli, monkeypatch, rows, less):
+    monkeypatch.setattr(Batch, "parts", lambda batch, rows: torch.empty(2**62, dtype=torch.uint8))
+    ran = cli(*DIGITS, "--micro-batch", rows)
+    assert f"out of memory in step 1: a {less} needs less" in ran.err
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_before_its_step(cli):
     flags = ["--dataset", "breast_cancer", "--learning-rate", 1e30, "--batch-size", 8, "--steps", 500]
     ran = cli(*flags, "--micro-batch", 3)
