@@ -2,8 +2,8 @@
 
 What decides a result is the library, the models, the data sets with the files they read, the training loop, and what
 the loop uses of lab/ and settings/. Of a Python file its syntax tree counts, without docstrings; it is written out by
-hand, because `ast.dump` writes the same tree differently in different versions of Python. Of any other file of
-sources/ every byte counts. No torch here: sweep.py and report.py ask before anything is trained.
+hand, because `ast.dump` writes the same tree differently in different versions of Python. Of any other file every byte
+counts, but how the lines of a table end. No torch here: sweep.py and report.py ask before anything is trained.
 
 A run that names a file of its user's own (FILE.py:FUNCTION, FILE.csv:TARGET, FILE.txt) has a second fingerprint behind
 that of the code, of these files alone: CODE.FILES.
@@ -104,7 +104,7 @@ def _fingerprint_of_files(paths: Iterable[Path]) -> str:
 def _added_at_run_time(name: str) -> Path | None:
     """The file of a function that somebody's own program put into a table of ours; None of our own ones."""
     spec = DATASETS.get(name)
-    functions = [spec.rows, spec.downloaded] if spec else []
+    functions = [spec.rows, spec.downloaded, spec.text] if spec else []
     functions.append(getattr(sys.modules.get("models"), "MODELS", {}).get(name))
     for function in functions:
         with contextlib.suppress(TypeError, OSError):
@@ -177,7 +177,9 @@ def _facts(name: str, raw: bytes) -> _Facts:
         with contextlib.suppress(SyntaxError, ValueError, RecursionError):  # a file that nothing can import counts too
             tree = ast.parse(raw)
     if tree is None:
-        return _Facts(hashlib.sha256(raw.replace(b"\r\n", b"\n")).hexdigest())
+        # git may change how the lines of a table end; those of a text are characters that a model learns.
+        raw = raw if name.endswith(".txt") else raw.replace(b"\r\n", b"\n")
+        return _Facts(hashlib.sha256(raw).hexdigest())
     modules: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -13,6 +13,7 @@ import models
 import sweep
 from data import Text
 from lab.batches import Batches, batch_rows
+from lab.fingerprint import fingerprint_of_run
 from lab.fitting import check_before_loading, check_fit
 from lab.metrics import TASKS, evaluate, wandb_keys
 from lab.processes import Processes
@@ -129,6 +130,14 @@ def test_a_changed_text_is_another_run(cli, verse):
     before = cli(*RUN).summary["code"]
     verse.write_text(VERSE * 13, encoding="utf-8")
     assert cli(*RUN).summary["code"] != before
+
+
+def test_line_ends_are_characters_and_so_in_the_fingerprint(verse):
+    config = Config(dataset=str(verse))
+    before = fingerprint_of_run(config)
+    verse.write_bytes(verse.read_bytes().replace(b"\n", b"\r\n"))
+    assert "\r" in loaded(verse).symbols
+    assert fingerprint_of_run(config) != before
 
 
 @pytest.mark.parametrize("steps", [3, 14])

@@ -14,6 +14,7 @@ import data
 import models
 import sweep
 import train
+from lab.fingerprint import fingerprint_of_run
 from settings.config import Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,6 +234,16 @@ def test_rows_of_the_tables_at_run_time(tmp_path, monkeypatch):
     assert result.summary["code"].count(".") == 1  # this file is in it
     with pytest.raises(ValueError, match="did you mean my net"):
         Config.make(model="my nt")
+
+
+def test_a_text_of_a_row_at_run_time_is_in_the_fingerprint(monkeypatch):
+    def verse(data_dir):
+        return "one fish, two fish, red fish, blue fish"
+
+    row = data.DataSet(None, "language", None, None, None, "gpt", own_split=data.OF_TEXT, text=verse)
+    monkeypatch.setitem(data.DATASETS, "verse", row)
+    assert fingerprint_of_run(Config(dataset="verse")).count(".") == 1
+    assert fingerprint_of_run(Config(dataset="shakespeare")).count(".") == 0
 
 
 def test_a_row_that_says_something_else_than_its_arrays(monkeypatch):
