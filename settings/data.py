@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from data import TEST_SPLIT
 from settings import kinds
 from settings.setting import of_group
 
@@ -16,8 +17,8 @@ class DataSettings:
 
     dataset: str = setting("toy", kinds.DATASET, "data set")
     test_split: float = setting(
-        0.2,
-        kinds.number("a fraction, 0 < f < 1; cifar10 has its own split", lambda f: 0 < f < 1),
+        TEST_SPLIT,
+        kinds.number("a fraction, 0 < f < 1; not of a set that has its own split", lambda f: 0 < f < 1),
         "share of the rows kept for testing",
     )
     scale_on: str = setting("train", kinds.one_of("train", "all"), "rows on which the scalers are fitted")

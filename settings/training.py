@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from settings import kinds
-from settings.models import IMAGE_MODELS, MODEL_NAMES, OPTIONS
+from settings.models import IMAGE_MODELS, MODEL_NAMES, OPTIONS, TEXT_MODELS
 from settings.setting import of_group
 
 OPTIMIZERS = {  # what each keeps of a parameter, by torch's names: momentum.NAME rounds one of them
@@ -27,7 +27,7 @@ class TrainingSettings:
     model: str | None = setting(
         None,
         kinds.or_none(kinds.name_or_function(MODEL_NAMES, ("models", "MODELS"))),
-        f"model; {', '.join(IMAGE_MODELS)} need images, gpt a text",
+        f"model; {', '.join(IMAGE_MODELS)} need images, {', '.join(TEXT_MODELS)} a text",
         default_text="the data set's own",
     )
     model_options: str | None = setting(
