@@ -40,7 +40,7 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def _groups(config: Config, parameters: Iterable[Tensor]) -> Groups:
     """The parameters with their weight decay; where it is for matrices alone, these and then the others."""
     parameters = list(parameters)
-    if config.decay == "all" or not config.weight_decay:
+    if config.decay == "all" or not config.weight_decay or not parameters:  # torch takes no empty list of groups
         return [{"params": parameters, "weight_decay": config.weight_decay}]
     parts = {config.weight_decay: [p for p in parameters if p.ndim >= 2], 0.0: [p for p in parameters if p.ndim < 2]}
     return [{"params": part, "weight_decay": decay} for decay, part in parts.items() if part]

@@ -276,6 +276,17 @@ def test_a_model_without_hidden_matrices_has_no_use_for_muon(cli, tmp_path, flag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("decay", ["all", "matrices"])
+def test_a_model_of_hidden_matrices_alone_is_all_muons(decay):
+    model = nn.RNN(3, 5, bias=False)
+    optimizer = optimizers.build(Config(optimizer="muon", weight_decay=0.1, decay=decay), model)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0]
+    model(torch.ones(2, 4, 3))[0].sum().backward()
+    before = model.weight_ih_l0.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight_ih_l0, before)
+
+
 def test_betas(cli):
     for name in ("adam", "adamw", "collage"):
         config = Config(optimizer=name, betas=(0.8, 0.95))
