@@ -1,4 +1,4 @@
-"""What is measured: a task's loss, an epoch's training metrics, the test set's. A new task is a class and a row."""
+"""What is measured: a task's loss, training metrics, the test set's. A new task is a class and a row."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Losses:
 
 
 class TrainMetrics:
-    """An epoch's training metrics so far: sums over its rows, on the device."""
+    """The training metrics since the last evaluation: sums over the rows of these steps, on the device."""
 
     rows: int | Tensor
     loss: Tensor | float
@@ -99,7 +99,7 @@ class Task(ABC):
         return torch.zeros((), dtype=torch.int64, device=y.device)
 
     def add(self, metrics: TrainMetrics, loss: Tensor, correct: Tensor, rows: int | Tensor) -> None:
-        """Sums over the epoch's rows."""
+        """Adds that to the sums."""
         metrics.loss = metrics.loss + loss.double() * rows  # () on the device: no wait in the loop
         metrics.correct = metrics.correct + correct
         metrics.rows = metrics.rows + rows
@@ -114,7 +114,7 @@ class Task(ABC):
 
 
 class Regression(Task):
-    """Mean squared error; in training that of the epoch's last step, in its own batch."""
+    """Mean squared error; in training that of the last step, in its own batch."""
 
     loss_metric = "mse"
 
@@ -136,7 +136,7 @@ class Regression(Task):
 
 
 class Classification(Task):
-    """Cross entropy and accuracy; in training means over the epoch's rows, as they were trained on."""
+    """Cross entropy and accuracy; in training means over the rows, as they were trained on."""
 
     loss_metric = "loss"
 
@@ -157,7 +157,7 @@ class Classification(Task):
 
 
 class Language(Task):
-    """Cross entropy of the next token, in nats; in training the mean over the epoch's tokens, as they were read."""
+    """Cross entropy of the next token, in nats; in training the mean over the tokens, as they were read."""
 
     loss_metric = "loss"
 
@@ -185,9 +185,9 @@ TASKS: dict[str, Task] = {
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, task: Task, check: Callable[[], None] | None = None) -> dict[str, float]:
-    """Means over all test rows, of a text over all tokens, summed in float64; the model rounds as in training.
+    """Means over all test rows, of a text over the tokens of its windows, summed in float64.
 
-    check: called now and then.
+    The model rounds as in training. check: called now and then.
     """
     model.eval()
     loss, correct, count = 0.0, 0, 0

@@ -79,7 +79,9 @@ function curvesSection(data, drawn, state) {
       "p",
       { class: "faint" },
       "A line is the median over a setting's runs, a band goes from the 5th to the 95th percentile of those that came so far.",
-      fewer.length ? ` Of ${Math.max(...fewer.map((one) => one.of))} ${data.unit}s, ${fewer[0].epochs.length} are drawn.` : "",
+      fewer.length
+        ? ` Of ${Math.max(...fewer.map((one) => one.of))} evaluations, ${fewer[0].epochs.length} are drawn.`
+        : "",
     ),
   );
   return redraw;
