@@ -270,7 +270,9 @@ def _order(config: Config) -> tuple:
 
 
 def _sortable(value: Any) -> tuple:
-    """Numbers by size, texts by the numbers in them: fixed16.8 before fixed16.10."""
+    """None first, numbers by size, texts by the numbers in them: fixed16.8 before fixed16.10."""
+    if value is None:
+        return ()
     if isinstance(value, int | float):
         return (value,)
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(value)))

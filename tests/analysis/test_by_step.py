@@ -92,3 +92,14 @@ def test_epochs_with_evaluations_between_have_no_known_end():
     config = Config(epochs=3, evaluate_every=4)
     run = Run(config, "complete", 1.0, [{"step": 4, "epoch": 0.5, "testing_mse": 1.0}])
     assert (run.unit, run.last, run.planned) == ("step", 4, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 17}, {"evaluate_every": 4}, {"micro_batch": 8}, {"clip_norm": 0.5}, {"model_options": "width=3"}],
+    ids=str,
+)
+def test_runs_without_a_setting_come_before_those_with_it(settings):
+    with_it, without = Config(model="mlp", **settings), Config(model="mlp")
+    found = settings_of([Run(config, "complete", 1.0, []) for config in (with_it, without)])
+    assert [setting.config for setting in found] == [without, with_it]
