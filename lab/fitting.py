@@ -26,7 +26,7 @@ def check_before_loading(config: Config) -> None:
         check_context(context)
     shape = (context,) if spec.text else spec.shape
     if config.model_name in MODEL_NAMES and shape is not None:
-        with torch.device("meta"), torch.random.fork_rng([]):  # of its names and sizes alone
+        with torch.random.fork_rng([]):  # not on the device "meta", where drawing weights imports torch's compiler
             model = models.build(config.model_name, shape, spec.outputs or 1, config.seed, config.options)
         quant.check_names(config, model)
 

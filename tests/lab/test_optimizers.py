@@ -115,7 +115,7 @@ def test_a_differentiable_step_can_be_differentiated():
         ["--optimizer", "sgd", "--momentum", "0.9", "--schedule", "onecycle"],
         ["--optimizer", "adam", "--schedule", "cosine", "--loss-scale", "dynamic"],
         ["--optimizer", "adamw", "--dataset", "digits", "--site", "accumulator=float16:stochastic"],
-        ["--optimizer", "muon", "--dataset", "digits", "--model", "mlp", "--clip-norm", "1", "--warmup", "1"],
+        ["--optimizer", "muon", "--dataset", "digits", "--model", "vit", "--clip-norm", "1", "--steps", "2"],
     ],
 )
 def test_a_run_does_not_import_the_compiler(tmp_path, arguments):
