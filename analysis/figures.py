@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.run import common_unit
+from analysis.run import common_unit, units
 from analysis.runs import Run, Setting, baseline_of, main_rule, names, settings_of, write
 from analysis.tables import band, is_percent
 from low_precision.formats import AnyFormat, BlockFormat
@@ -154,7 +154,8 @@ def curves(runs: Sequence[Run], metric: str, path: Path, title: str = "", epochs
         _marks(axes, shown_rows, number, metric, logarithmic)
         if baseline and baseline.ends[number]:
             axes.axvline(statistics.median(baseline.ends[number]), color="black", linewidth=1, alpha=0.6, zorder=1)
-        axes.set_title(f"after {unit} {epoch}" if epoch else _last_place(settings), fontsize="medium")
+        place = f"{units(settings, one=True)} {epoch}" if epoch else _last_place(settings)
+        axes.set_title(f"after {place}", fontsize="medium")
         if number:
             axes.tick_params(labelleft=False)
         else:
@@ -390,7 +391,7 @@ def _lines(axes: Any, rows: Sequence[Row], metric: str, logarithmic: bool, unit:
 
 def _last_place(settings: Sequence[Setting]) -> str:
     places = {f"{setting.unit} {setting.last}" for setting in settings}
-    return f"after {places.pop()}" if len(places) == 1 else f"after the last {common_unit(settings)}"
+    return places.pop() if len(places) == 1 else f"the last {units(settings, one=True)}"
 
 
 def _about_runs(rows: Sequence[Row], shown_rows: Sequence[Row]) -> str:

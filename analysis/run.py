@@ -109,6 +109,7 @@ def common_unit(runs: Iterable[Run | Setting]) -> str:
     return "step" if {run.unit for run in runs} == {"step"} else "epoch"
 
 
-def units(runs: Iterable[Run | Setting]) -> str:
-    """What the numbers of their last lines count: "epochs", "steps", or "epochs or steps"."""
-    return " or ".join(f"{unit}s" for unit in sorted({run.unit for run in runs})) or "epochs"
+def units(runs: Iterable[Run | Setting], one: bool = False) -> str:
+    """What the numbers of their lines count: "epochs", "steps", or "epochs or steps"; one: "epoch or step"."""
+    names = sorted({run.unit for run in runs}) or ["epoch"]
+    return " or ".join(name if one else f"{name}s" for name in names)

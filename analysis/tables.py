@@ -110,9 +110,8 @@ def table(runs: Sequence[Run], metric: str, epochs: Sequence[int | None] = (None
     every = [one.differences for line in summaries for one in line if one.differences is not None]
     unit = ", points" if is_percent(metric) else ""
     head = ["what is rounded", "runs", units(settings)]
-    singular = units(settings).replace("epochs", "epoch").replace("steps", "step")
     for epoch in epochs:
-        head.append(metric.replace("_", " ") + (f", {singular} {epoch}" if epoch else ""))
+        head.append(metric.replace("_", " ") + (f", {units(settings, one=True)} {epoch}" if epoch else ""))
         if any(len(differences) > 1 for differences in every):
             head.append(f"difference to float32{unit}: mean over pairs of the same seed [95 % interval]")
             head.append("median of the pairs")

@@ -83,7 +83,8 @@ def test_beside_runs_by_epochs(by_step, cli, tmp_path):
     assert sorted(places) == [[0.714286, 1.428571, 2.142857, 2.428571]] * 2 + [[1, 2, 3]]
     columns = dict(zip(data["columns"], zip(*(s["cells"] for s in data["settings"]), strict=True), strict=True))
     assert sorted(columns["--epochs"]) == ["", "", "3"]
-    assert report.main([str(by_step), "--figure", str(tmp_path / "x.svg")]) == 0
+    assert report.main([str(by_step), "--at", "3", "--figure", str(tmp_path / "x.svg")]) == 0
+    assert "after epoch or step 3" in (tmp_path / "x.svg").read_text()
     head, *_ = tables.table(made, "testing_mse")
     assert head[2] == "epochs or steps"
 
