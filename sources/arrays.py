@@ -8,6 +8,7 @@ import numpy as np
 
 from low_precision.errors import SettingError, shown
 
+LARGEST = 1e150  # of float64: the squares of larger ones, of which deviations are made, overflow
 FORM = "(features, targets), or (train features, train targets, test features, test targets)"
 
 
@@ -48,8 +49,12 @@ def _words(count: int) -> list[str]:
 
 def _array(name: str, thing: Any, what: str) -> np.ndarray:
     if hasattr(thing, "detach") and hasattr(thing, "numpy"):  # a tensor; numpy knows no bfloat16
+        if str(thing.layout) != "torch.strided":
+            raise _wrong(name, f"whose {what} are a tensor of the layout {thing.layout}", "a dense one: to_dense()")
         thing = thing.detach().cpu()
         thing = thing.float().numpy() if thing.is_floating_point() and thing.itemsize < 4 else thing.numpy()
+    if np.ma.is_masked(thing):  # the numbers behind a mask are nobody's, and an array without it would have them
+        raise _wrong(name, f"whose {what} are masked in places", "a number in each place")
     try:
         array = np.asarray(thing)
     except (ValueError, TypeError):  # of rows of different lengths
@@ -60,9 +65,13 @@ def _array(name: str, thing: Any, what: str) -> np.ndarray:
     if array.ndim == 0 or array.size == 0:
         raise _wrong(name, f"whose {what} have the shape {array.shape}", "one row at least: (n, ...)")
     finite = np.isfinite(array)
+    if array.dtype.kind == "f" and array.itemsize >= 8:
+        finite &= np.abs(array) <= LARGEST
     if not finite.all():
         place = np.unravel_index(int(np.argmin(finite)), array.shape)
-        raise _wrong(name, f"whose {what} are {array[place]} in row {place[0]}", "finite numbers")
+        raise _wrong(name, f"whose {what} are {array[place]} in row {place[0]}", f"finite numbers, up to {LARGEST:g}")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise _wrong(name, f"one of whose {what} is {array.max()}", "whole numbers of int64")
     return array
 
 

@@ -123,6 +123,10 @@ def _module(setting: str, name: str, path: Path) -> ModuleType:
         exec(compile(raw, str(path), "exec"), vars(module))
     except SystemExit as error:
         raise RuntimeError(f"it ends the program ({error})") from error
+    except (SyntaxError, ValueError) as error:
+        if place_of(error) is None:  # of `compile`, for a null byte: no line of the file was running
+            error.place = _short(str(path))  # type: ignore[attr-defined]
+        raise
     _LOADED[path] = (digest, module)
     return module
 

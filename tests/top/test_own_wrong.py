@@ -50,6 +50,27 @@ REFUSED = {
     "ragged": ("def rows(): return [[1], [2, 3]], [1, 2]", ["--dataset", "f.py:rows"], ["array of numbers"]),
     "lengths": ("def rows(): return [[1.], [2.]], [1, 2, 3]", ["--dataset", "f.py:rows"], ["2 samples and 3 targets"]),
     "nan": ("def rows(): return [[1.], [float('nan')]], [1, 2]", ["--dataset", "f.py:rows"], ["are nan in row 1"]),
+    "too large": (
+        "def rows(): return [[1e308], [-1e308]], [1., 2.]",
+        ["--dataset", "f.py:rows"],
+        ["are 1e+308 in row 0", "up to 1e+150"],
+    ),
+    "too large in a table": ("a,b\n1e308,2\n-1e308,3", ["--dataset", "f.py.csv:b"], ["are 1e+308 in row 0"]),
+    "sparse": (
+        NET + "def rows(): return torch.eye(4).to_sparse(), torch.arange(4.0)",
+        ["--dataset", "f.py:rows"],
+        ["features are a tensor of the layout torch.sparse_coo", "to_dense()"],
+    ),
+    "masked": (
+        "import numpy as np\ndef rows(): return np.ma.masked_less(np.eye(4), 0.5), np.arange(4.0)",
+        ["--dataset", "f.py:rows"],
+        ["features are masked in places"],
+    ),
+    "larger than int64": (
+        "import numpy as np\ndef rows(): return np.full((4, 1), 2**63, np.uint64), np.arange(4.0)",
+        ["--dataset", "f.py:rows"],
+        ["one of whose features is 9223372036854775808", "int64"],
+    ),
     "constant": ("def rows(): return [[1.], [2.]], [5., 5.]", ["--dataset", "f.py:rows"], ["targets are all 5.0"]),
     "classes": ("def rows(): return [[1.], [2.]], [-1, 1]", ["--dataset", "f.py:rows"], ["classes is -1"]),
     "far classes": (
@@ -116,6 +137,7 @@ def test_a_wrong_one_is_one_line_and_writes_nothing(cli, mine, text, flags, word
 
 FAILING = {
     "syntax": ("def net(s, o)\n    return 1", "--model", "net", ["f.py:1: SyntaxError"]),
+    "a null byte": ("def net(s, o):\n    return 1\0", "--model", "net", ["f.py: ", "null byte"]),
     "import": (
         "import torch\nimport nowhere_at_all",
         "--model",
