@@ -280,6 +280,8 @@ def build(
     SettingError for a function that does not take these, or gives no model.
     """
     function = MODELS[name] if name in MODELS else python_file.function_named("model", name)
+    if isinstance(function, nn.Module):  # it can be called, as a function can
+        raise SettingError("model", f"{name}, which is a {type(function).__name__}", "a function that gives one")
     fitting = _fitting(name, function, options or {}, of_data)
     torch.manual_seed(seed)
     model = python_file.call("model", name, function, shape, outputs, **fitting)
@@ -289,6 +291,10 @@ def build(
         raise SettingError("model", f"{name}, which has lazy layers", "layers whose sizes are known")
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingError("model", f"{name}, which has no parameters", "a model with parameters to be trained")
+    for parameter, values in model.named_parameters():
+        if values.dtype != torch.float32:
+            what = f"{name}, whose parameter {parameter} is {str(values.dtype).removeprefix('torch.')}"
+            raise SettingError("model", what, "parameters in float32: formats are what the other flags say")
     return model
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import models
 import quant
@@ -32,10 +35,11 @@ def check_before_loading(config: Config) -> None:
 
 
 def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet) -> None:
-    """One pass of the first rows through the model, in its evaluation mode; no random number is used up.
+    """A pass of the first rows through the model in its evaluation mode, through one of somebody's own in training too.
 
-    Of our own models on our own sets nothing is asked. ConfigError for what gives no output of the right shape; what a
-    model of somebody's own raises is raised.
+    No random number is used up, and buffers stay as they are. Of our own models on our own sets nothing is asked.
+    ConfigError for what gives no output of the right shape, or writes into its input; what a model of somebody's own
+    raises is raised.
     """
     if config.dataset in DATASETS and config.model_name in MODEL_NAMES:
         return
@@ -43,23 +47,35 @@ def check_fit(config: Config, model: nn.Module, batches: Batches, spec: DataSet)
     count = data.windows if isinstance(data, Text) else len(data.train_x)
     rows = torch.arange(min(count, 2 * processes.count), device=processes.device)
     batch = batches.part(rows, torch.Generator())
-    expected = tuple(batch.y.shape) if spec.task == "regression" else (*batch.y.shape, spec.outputs)
-    with torch.no_grad(), draws_kept(processes.device):
-        model.eval()
+    is_ours, before = config.model_name in MODEL_NAMES, batch.x.clone()
+    for training in (False,) if is_ours else (False, True):
+        output = _output(config, model, batch.x, training)
+        gives = _kind(output) if torch.is_tensor(output) else f"a {type(output).__name__}"
+        value = f"{shown(config.model_name)}, which gives {gives} of {_kind(before)}" + " in training" * training
+        expected = tuple(batch.y.shape) if spec.task == "regression" else (*batch.y.shape, spec.outputs)
+        if not torch.is_tensor(output) or not output.is_floating_point() or tuple(output.shape) != expected:
+            raise refused("model", value, f"what gives floats of the shape {expected}, for {_asked(spec)}")
+        if training and not output.requires_grad:
+            raise refused("model", f"{value}, without gradients", "what parameters lead to, and is not detached")
+        if not torch.equal(batch.x, before):  # test rows would be others each time, and those of --shadow too
+            value = f"{shown(config.model_name)}, which writes into what it reads"
+            raise refused("model", value, "a model that leaves its input as it is")
+
+
+def _output(config: Config, model: nn.Module, x: torch.Tensor, training: bool) -> Any:
+    """What the model gives in that mode; afterwards it is in that of training, with the buffers that it had."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # which batch norm moves
+    with torch.set_grad_enabled(training), draws_kept(x.device):
+        model.train(training)
         try:
-            output = model(batch.x)
+            return functional_call(model, buffers, (x,))
         except Exception as error:
             if config.model_name not in MODEL_NAMES:
                 raise
-            what = f"a model for samples of {_kind(batch.x[0])}"
+            what = f"a model for samples of {_kind(x[0])}" + ", or floats as features" * (not x.is_floating_point())
             raise refused("model", config.model_name, f"{what} ({in_a_line(error)})") from error
         finally:
             model.train()
-    if torch.is_tensor(output) and output.is_floating_point() and tuple(output.shape) == expected:
-        return
-    gives = _kind(output) if torch.is_tensor(output) else f"a {type(output).__name__}"
-    value = f"{shown(config.model_name)}, which gives {gives} of {_kind(batch.x)}"
-    raise refused("model", value, f"what gives floats of the shape {expected}, for {_asked(spec)}")
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -43,6 +43,34 @@ REFUSED = {
         ["--model", "f.py:net"],
         ["which gives a tuple"],
     ),
+    "other outputs in training": (
+        NET + "class net(nn.Linear):\n def __init__(self, s, o): super().__init__(*s, o)\n"
+        " def forward(self, x): return super().forward(x)[:, 0] if self.training else super().forward(x)",
+        ["--model", "f.py:net"],
+        ["which gives float32 (2,)", "in training", "(2, 1)"],
+    ),
+    "no gradients": (
+        NET + "class net(nn.Linear):\n def __init__(self, s, o): super().__init__(*s, o)\n"
+        " def forward(self, x): return super().forward(x).detach()",
+        ["--model", "f.py:net"],
+        ["without gradients"],
+    ),
+    "its input": (
+        NET + "class net(nn.Linear):\n def __init__(self, s, o): super().__init__(*s, o)\n"
+        " def forward(self, x): return super().forward(x.mul_(0.5))",
+        ["--model", "f.py:net"],
+        ["writes into what it reads"],
+    ),
+    "other parameters": (
+        NET + "def net(s, o): return nn.Linear(*s, o).double()",
+        ["--model", "f.py:net"],
+        ["whose parameter weight is float64", "float32"],
+    ),
+    "a model and no function": (
+        NET + "net = nn.Linear(1, 1)",
+        ["--model", "f.py:net"],
+        ["which is a Linear", "a function that gives one"],
+    ),
     "not two": ("def rows(): return 1, 2, 3", ["--dataset", "f.py:rows"], ["gives 3 things", "(features, targets)"]),
     "a dict": ("def rows(): return {}", ["--dataset", "f.py:rows"], ["gives a dict", "(features, targets)"]),
     "an argument": ("def rows(n): return 0", ["--dataset", "f.py:rows"], ["missing a required argument: 'n'"]),
@@ -102,7 +130,7 @@ REFUSED = {
     "whole numbers for a model of ours": (
         "def rows(): return [[1], [3], [4]], [1, 0, 1]",
         ["--dataset", "f.py:rows"],
-        ["--model: given mlp", "int64 (1,)"],
+        ["--model: given mlp", "int64 (1,), or floats as features"],
     ),
     "no optimizer": ("def opt(p, lr): return None", ["--optimizer", "f.py:opt"], ["gives a NoneType", "Optimizer"]),
     "no weight decay": (
