@@ -307,6 +307,10 @@ def load(
 
     spec = spec_of(name)
     if spec.text:
+        if test_split != TEST_SPLIT:
+            raise SettingError("test_split", shown(test_split), f"{name} has its own split ({OF_TEXT})")
+        if scale_on != "train":
+            raise SettingError("scale_on", shown(scale_on), "train (a text is not scaled)")
         return _of_text(name, spec, spec.text(data_dir), context)
     if spec.downloaded:
         arrays = spec.downloaded(data_dir)

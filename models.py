@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from low_precision.errors import SettingError, nearest
+from low_precision.errors import SettingError, nearest, shown
 from sources import python_file
+from sources.named_file import FORMS
 
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of options, in words
 
@@ -279,6 +280,8 @@ def build(
     of the default's type. of_data: the names of those that the data are made by, which a function need not take.
     SettingError for a function that does not take these, or gives no model.
     """
+    if name not in MODELS and not python_file.is_function(name):
+        raise SettingError("model", shown(name), ", ".join((*MODELS, FORMS[".py"])), nearest(name, MODELS))
     function = MODELS[name] if name in MODELS else python_file.function_named("model", name)
     if isinstance(function, nn.Module):  # it can be called, as a function can
         raise SettingError("model", f"{name}, which is a {type(function).__name__}", "a function that gives one")

@@ -305,3 +305,10 @@ def test_a_model_is_looked_at_on_a_machine_of_many_devices(monkeypatch):
     check_fit(batches.config, models.build("gpt", (4,), 7, 0), batches, split.spec)
     with pytest.raises(SettingError, match="which gives"):
         check_fit(batches.config, models.build("gpt", (4,), 6, 0), batches, split.spec)
+
+
+def test_a_text_takes_no_other_split_and_no_scale(verse):
+    """From Python too, where no flags are checked."""
+    for wrong in ({"test_split": 0.5}, {"scale_on": "all"}):
+        with pytest.raises(SettingError, match=next(iter(wrong))):
+            data.load(str(verse), **wrong)

@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 from data import DATASETS
+from low_precision.errors import SettingError
 from settings.config import MODEL_NAMES
 
 
@@ -108,3 +109,10 @@ def test_the_seed_is_set_right_before_the_model_is_built():
     torch.manual_seed(7)
     layer = nn.Linear(13, 1)
     assert torch.equal(models.build("linear", (13,), 1, 7).linear.weight, layer.weight)
+
+
+def test_a_name_that_is_none_leads_to_the_nearest():
+    with pytest.raises(
+        SettingError, match=r"resnet2 \(did you mean resnet20\?\), allowed: linear, .*FILE\.py:FUNCTION"
+    ):
+        models.build("resnet2", (3, 32, 32), 10, 0)
