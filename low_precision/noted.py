@@ -132,7 +132,9 @@ class Notes:
     def _add(self, caller: Caller, name: str, tensor: str, stored: str | None = None, is_kernel: bool = False) -> None:
         sites = [site for site in (None if is_kernel else tensor, stored) if site in caller.rules]
         rules = [caller.rules[site] for site in sites if site is not None and is_there(site, caller.rules[site])]
-        function = name.removeprefix(caller.module).removeprefix(":")
+        rest = name.removeprefix(caller.module)
+        # A module may be named e or d, and what it calls embedding or dropout.
+        function = name if rest[:1].isalnum() or rest[:1] == "_" else rest.removeprefix(":")
         transform = None if is_kernel else caller.transforms.get(tensor.partition(".")[0])
         unruled = "bfloat16:nearest" if transform and transform.bfloat16 else NOT_ROUNDED
         rule = str(rules[0]) if rules else unruled

@@ -149,3 +149,14 @@ def test_a_first_pass_that_is_interrupted_leaves_no_hooks_behind():
     model(X)
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.children()] == hooks
     assert {row.times for row in lp.coverage(model).rows} == {1}
+
+
+def test_a_module_that_is_named_as_a_function_begins():
+    model = nn.Sequential()
+    model.add_module("e", nn.Embedding(5, 8))
+    model.add_module("d", nn.Dropout(0.5))
+    model.add_module("layer", nn.Linear(8, 8))
+    lp.quantize_model(model, inputs="float8", weights="float8", activations="float8", errors="float8")
+    model(torch.tensor([1, 2]))
+    assert {row.function for row in lp.coverage(model).rows if row.module in ("e", "d")} == {"embedding", "dropout"}
+    assert lp.coverage(model).sentence() == "results of embedding, dropout"
