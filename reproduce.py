@@ -41,6 +41,7 @@ MINUTES = {
     "stall": 1,
     "advice": 3,
     "transformer": 40,
+    "shakespeare": 92,
     "cifar10": 290,
     "page": 11,
 }
@@ -83,6 +84,11 @@ CIFAR10 = (
     "python sweep.py --dataset cifar10 --epochs 15 --schedule onecycle --batch-size 64 --learning-rate 0.1"
     " --momentum 0.9 --weight-decay 2e-4 --output-dir runs/cifar10"
 )
+GPT = (
+    "python sweep.py --dataset shakespeare --steps 2000 --evaluate-every 500 --batch-size 12 --optimizer adamw"
+    " --learning-rate 1e-3 --betas 0.9,0.99 --weight-decay 0.1 --decay matrices --clip-norm 1 --schedule cosine"
+    " --warmup 100 --final-learning-rate 1e-4 --seed 0:5 --output-dir runs/shakespeare"
+)
 SECTIONS = {
     "single": table("single", "the fifteen experiments, seed 42"),
     "published": table("published", "the same beside the published results"),
@@ -110,6 +116,19 @@ SECTIONS = {
     "stall": experiment("stall", "why float8 to nearest stalls on boston: lost updates by step"),
     "advice": experiment("advice", "following what watched runs are advised"),
     "transformer": experiment("transformer", "where a small transformer loses in 4-bit products"),
+    "shakespeare": Section(
+        "a small GPT under the recipes of the field, 2,000 steps, five seeds of each setting",
+        MINUTES["shakespeare"],
+        (
+            f"{GPT} --precision float32",
+            f"{GPT} --site 'products=bfloat16,head/*=float32'",
+            f"{GPT} --recipe te-current,ao-rowwise,deepseek,mxfp8,mxfp4-rht,quartet,int8 --site 'head/*=float32'",
+            f"{GPT} --recipe nvfp4 --site 'head/*=float32,blocks.3/*=float32'",
+            "python report.py runs/shakespeare --metric testing_loss --save results/shakespeare.csv"
+            " --figure images/shakespeare.png"
+            " --title 'tiny Shakespeare, GPT of 4 blocks, 2,000 steps: testing loss by recipe'",
+        ),
+    ),
     "cifar10": Section(
         "ResNet-20 on CIFAR-10, 15 epochs, one seed of each setting, a thread for each run",
         MINUTES["cifar10"],

@@ -340,7 +340,8 @@ def _value(row: Row, panel: int, metric: str) -> str:
 
 def shown(value: float, metric: str) -> str:
     """A value as it is drawn: an accuracy is in percent already."""
-    return f"{value:.1f}" if is_percent(metric) else f"{value:#.3g}".removesuffix(".")
+    digits = 4 if 1 <= abs(value) < 10 else 3  # as many behind the point as just below 1
+    return f"{value:.1f}" if is_percent(metric) else f"{value:#.{digits}g}".removesuffix(".")
 
 
 def _names(chart: Any, axes: Any, rows: Sequence[Row], with_curves: Sequence[str]) -> None:

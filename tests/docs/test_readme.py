@@ -102,7 +102,7 @@ def test_the_commands_are_the_fifteen_experiments():
         if script != "main.py" or "--dataset" not in arguments:
             continue
         config, _ = main.configure(arguments)
-        if config.dataset != "cifar10" and "--batch-size" in arguments:
+        if config.dataset not in ("cifar10", "shakespeare") and "--batch-size" in arguments:
             assert (config.epochs, config.learning_rate, config.seed) == (30, 0.01, 42)
             assert config.batch_size == (32 if config.dataset == "toy" else 512)
             runs.add(config.name)
