@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import low_precision
-from lab.plan import Plan
 from settings.config import Config
-from sources.python_file import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lab.plan import Plan
 
 EVALUATION_SECONDS = 10.0  # where there is no terminal: between two lines of evaluations, tenths of a run aside
 STEP_SECONDS = 30.0  # and the longest time without a line, between two evaluations too
@@ -36,6 +36,8 @@ def say(*lines: str) -> None:
 
 def in_a_line(error: BaseException) -> str:
     """What an error says; of one in a file of the user's own, where that is, first."""
+    from sources.python_file import place_of
+
     text = " ".join(str(error).split())
     if place := place_of(error):
         return f"{place}: {type(error).__name__}{f': {text}' if text else ''}"

@@ -21,15 +21,16 @@ from settings.config import shown_value as shown
 def check_before_loading(config: Config) -> None:
     """What a model of ours says of its options and of patterns of --layers and --site: before a set is downloaded.
 
-    Nothing is asked where only loading tells what a sample is. ConfigError for what does not fit.
+    Of others it is asked once they are loaded, as loading takes no time or tells what a sample is. ConfigError for what
+    does not fit.
     """
     spec = spec_of(config.placed(config.dataset))
     context = config.options.get("context", CONTEXT)
     if spec.text:
         check_context(context)
     shape = (context,) if spec.text else spec.shape
-    if config.model_name in MODEL_NAMES and shape is not None:
-        with torch.random.fork_rng([]):  # not on the device "meta", where drawing weights imports torch's compiler
+    if config.model_name in MODEL_NAMES and shape is not None and (spec.text or spec.downloaded):
+        with draws_kept(torch.device("cpu")):  # not on "meta", where drawing weights imports torch's compiler
             model = models.build(config.model_name, shape, spec.outputs or 1, config.seed, config.options)
         quant.check_names(config, model)
 
