@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except SettingError as error:  # of the library, where only the model could tell: a site that reaches nothing
         if first:
-            say(f"main.py: error: {error if isinstance(error, ConfigError) else ConfigError.of(error)}")
+            say(f"main.py: error: {ConfigError.of(error)}")
         return 2
     except KeyboardInterrupt as stop:
         if first:

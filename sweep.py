@@ -30,7 +30,7 @@ from lab.console import command, in_a_line, say
 from lab.fingerprint import fingerprint_of_run, fingerprints_of_runs
 from lab.record import CHECKPOINTS, REPLACING, summary_of, unfinished
 from lab.step_lines import lacking
-from low_precision.errors import nearest, shown
+from low_precision.errors import SettingError, nearest, shown
 from settings.config import Config, ConfigError, flag, refused
 from settings.flags import REPEATABLE, TABLES, flags_of, parser
 from settings.recipes import with_recipe
@@ -144,6 +144,8 @@ def run_one(
         other_code = bool(begun and not by_this_code)
         resume = next(iter(by_this_code or (begun if keep else [])), None)
         train.run(config, started_by, resume, quiet=True)
+    except SettingError as error:  # of the library too, where only the model could tell
+        wrong = str(ConfigError.of(error))
     except Exception as error:
         wrong = in_a_line(error)
     return config.folder_name, wrong, other_code

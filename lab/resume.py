@@ -81,7 +81,9 @@ def offer(config: Config) -> None:
     """A line about an unfinished run of this configuration, if there is one."""
     for folder, evaluations in unfinished(config.output_dir, config.folder_name)[:1]:
         if evaluations:
-            done = f"{evaluations} evaluations" if config.is_by_step else f"{evaluations} of {config.epochs} epochs"
-            done += f" are in {folder}"
+            done = f"{evaluations} of {config.epochs} epochs are"
+            if config.is_by_step:
+                done = "1 evaluation is" if evaluations == 1 else f"{evaluations} evaluations are"
+            done += f" in {folder}"
             resume = command("main.py", "--resume", str(folder))
             say(f"unfinished before: {done}; to go on with it: {resume}; this starts anew")

@@ -12,7 +12,9 @@ class ConfigError(SettingError):
 
     @classmethod
     def of(cls, error: SettingError) -> ConfigError:
-        """The same of a flag, from what the library says of a setting."""
+        """The same of a flag, from what the library says of a setting; what is of a flag already stays."""
+        if isinstance(error, cls):
+            return error
         name = error.setting and flag(error.setting)
         return cls(name, error.value, error.allowed, error.nearest, error.note)
 

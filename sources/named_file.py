@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 FORMS = {".py": "FILE.py:FUNCTION", ".csv": "FILE.csv:TARGET[:classes]", ".txt": "FILE.txt"}
-_NAME = re.compile(r"(?P<path>.*?[^/\\](?P<suffix>\.py|\.csv)):(?P<part>.*)|(?P<text>.*[^/\\]\.txt)", re.DOTALL)
+# A suffix in capitals, as other systems write it, is the same kind of file.
+_NAME = re.compile(
+    r"(?P<path>.*?[^/\\](?P<suffix>\.py|(?i:\.csv))):(?P<part>.*)|(?P<text>.*[^/\\](?i:\.txt))", re.DOTALL
+)
 _LABEL = 40  # characters
 
 
@@ -40,10 +43,10 @@ def named_file(name: str) -> NamedFile | None:
         return None
     if match["text"]:
         return NamedFile(Path(name), ".txt")
-    part, as_classes = match["part"], False
-    if match["suffix"] == ".csv" and part.endswith(":classes"):
+    part, as_classes, suffix = match["part"], False, match["suffix"].lower()
+    if suffix == ".csv" and part.endswith(":classes"):
         part, as_classes = part.removesuffix(":classes"), True
-    return NamedFile(Path(match["path"]), match["suffix"], part, as_classes) if part else None
+    return NamedFile(Path(match["path"]), suffix, part, as_classes) if part else None
 
 
 def placed(name: str, folder: str | os.PathLike[str]) -> str:

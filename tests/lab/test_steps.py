@@ -156,7 +156,7 @@ def test_a_checkpoint_with_another_position_is_refused(cli, tmp_path, monkeypatc
 
 def test_the_same_command_again_says_how_far_it_was(cli, monkeypatch):
     folder = stopped(cli, monkeypatch, *BY_STEP, steps=16)
-    assert f"unfinished before: 1 evaluations are in {folder}" in cli(*BY_STEP).err
+    assert f"unfinished before: 1 evaluation is in {folder}" in cli(*BY_STEP).err
 
 
 def test_steps_are_in_the_hash_and_epochs_are_not():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from low_precision.errors import SettingError
 from sources import csv_file
+from sources.named_file import named_file
 
 FLOWERS = """length,width,species
 5.1,3.5,setosa
@@ -146,3 +147,18 @@ def test_what_pythons_csv_writes_is_read(tmp_path_factory, draw, names):
     csv.writer(text).writerows([names, *rows])
     x, y = read(tmp_path_factory.mktemp("csv"), text.getvalue(), names[0])
     assert np.column_stack([y, x]).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "part", "as_classes"),
+    [
+        ("data/FLOWERS.CSV:species", ".csv", "species", False),
+        ("Flowers.Csv:a:b:classes", ".csv", "a:b", True),
+        ("VERSES.TXT", ".txt", "", False),
+        ("mine.py:make", ".py", "make", False),
+    ],
+)
+def test_a_suffix_may_be_in_capitals(name, suffix, part, as_classes):
+    file = named_file(name)
+    assert (file.suffix, file.part, file.as_classes) == (suffix, part, as_classes)
+    assert str(file) == name

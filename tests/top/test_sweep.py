@@ -1,6 +1,7 @@
 """Sweeps: the runs that were asked for, each once, with the records of single runs; stopped and going on."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -166,6 +167,13 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, monkeypatch, capsys
     said = capsys.readouterr()
     assert "4 runs: 2 complete, 0 diverged, 2 failed" in said.out
     assert said.err.count("failed: cifar10-float32-1") == 1
+
+
+def test_what_only_the_model_could_tell_is_of_the_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--dataset", "toy", "--precision", "float8", "--site", "lineer/weights=float16", "--jobs", 1]
+    assert sweep.main(list(map(str, arguments))) == 1
+    assert re.search(r"^failed: toy-\S+: --site: given lineer/", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.slow
