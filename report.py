@@ -2,7 +2,7 @@
 
 Runs that differ in their seeds alone are one setting. A table has a line for each setting: the median over its runs,
 and the 5th to the 95th percentile; and the difference to float32 in pairs of runs of the same seed: its mean with the
-95 % confidence interval (bootstrap of the pairs), and its median. A figure has a row for each setting, where its runs
+95 % confidence interval (Student's t), and its median. A figure has a row for each setting, where its runs
 end, and the curves of those that differ. A diverged run has no last value: it is counted, and left out. Where runs of
 one table were made by different code, a line on stderr says so, and how many by each (`code` in their summary.json).
 
