@@ -42,6 +42,8 @@ MINUTES = {
     "advice": 3,
     "transformer": 40,
     "shakespeare": 92,
+    "parts": 92,
+    "widened": 35,
     "cifar10": 290,
     "page": 11,
 }
@@ -84,11 +86,11 @@ CIFAR10 = (
     "python sweep.py --dataset cifar10 --epochs 15 --schedule onecycle --batch-size 64 --learning-rate 0.1"
     " --momentum 0.9 --weight-decay 2e-4 --output-dir runs/cifar10"
 )
-GPT = (
-    "python sweep.py --dataset shakespeare --steps 2000 --evaluate-every 500 --batch-size 12 --optimizer adamw"
-    " --learning-rate 1e-3 --betas 0.9,0.99 --weight-decay 0.1 --decay matrices --clip-norm 1 --schedule cosine"
-    " --warmup 100 --final-learning-rate 1e-4 --seed 0:5 --output-dir runs/shakespeare"
+GPT_TRAINING = (
+    "--dataset shakespeare --batch-size 12 --optimizer adamw --learning-rate 1e-3 --betas 0.9,0.99 --weight-decay 0.1"
+    " --decay matrices --clip-norm 1 --schedule cosine --warmup 100 --final-learning-rate 1e-4"
 )
+GPT = f"python sweep.py {GPT_TRAINING} --steps 2000 --evaluate-every 500 --seed 0:5 --output-dir runs/shakespeare"
 SECTIONS = {
     "single": table("single", "the fifteen experiments, seed 42"),
     "published": table("published", "the same beside the published results"),
@@ -129,6 +131,8 @@ SECTIONS = {
             " --title 'tiny Shakespeare, GPT of 4 blocks, 2,000 steps: testing loss by recipe'",
         ),
     ),
+    "parts": experiment("parts", "the GPT: which parts NVFP4, MXFP8 and MXFP4 need, 1,000 steps, five seeds"),
+    "widened": experiment("widened", "the GPT: where it loses in 4-bit products, 300 steps, three seeds"),
     "cifar10": Section(
         "ResNet-20 on CIFAR-10, 15 epochs, one seed of each setting, a thread for each run",
         MINUTES["cifar10"],

@@ -1,7 +1,8 @@
 """What every script here does with its findings: prints them, claim beside measurement, and keeps them as CSV.
 
 A script says for each claim of its paper what was measured, with n and spread, and whether it holds; the test of that
-stands in the script, beside its number. `--save` and `--figure` write the files that README shows.
+stands in the script, beside its number. Where an interval has both answers in it, the size of the experiment does not
+decide, and that is what is said. `--save` and `--figure` write the files that README shows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, the project's is not
 
 if TYPE_CHECKING:
+    from analysis.run import Run
     from analysis.runs import Setting
     from low_precision.rules import Rule
+
+
+UNDECIDED = "cannot be seen at this size"
 
 
 class Claims:
@@ -39,8 +44,9 @@ class Claims:
     def __enter__(self) -> Claims:
         return self
 
-    def add(self, claim: str, measured: str, holds: bool) -> None:
-        row = claim, measured, "yes" if holds else "**no**"
+    def add(self, claim: str, measured: str, holds: bool | None) -> None:
+        """holds: None where what was measured does not decide."""
+        row = claim, measured, UNDECIDED if holds is None else "yes" if holds else "**no**"
         self.rows.append(row)
         print(f"claim:    {row[0]}\nmeasured: {row[1]}\nholds:    {row[2].strip('*')}\n", flush=True)
 
@@ -69,17 +75,32 @@ def save(rows: Sequence[Sequence[str]], path: Path) -> None:
 
 def trained(folder: str, *commands: str) -> list[Setting]:
     """The settings that sweeps trained (the arguments of sweep.py, but for the folder); what is complete stays."""
+    from analysis import runs as records
+
+    once = {run.config.folder_name: run for runs in trained_runs(folder, *commands) for run in runs}
+    return records.settings_of(once.values())
+
+
+def trained_runs(folder: str, *commands: str) -> list[list[Run]]:
+    """The runs of each command, as `trained` trains them, in the order of the first command that asks for them."""
     import sweep
     from analysis import runs as records
 
-    asked = {}
-    for command in commands:
-        configs, options = sweep.grid([*command.split(), "--output-dir", folder])
-        asked |= {config.folder_name: config for config in configs}
-    failures = sweep.run(asked.values(), options.jobs)
+    asked = [sweep.grid([*command.split(), "--output-dir", folder]) for command in commands]
+    configs = {config.folder_name: config for configs, _ in asked for config in configs}
+    failures = sweep.run(configs.values(), asked[0][1].jobs)
     if failures:
         raise RuntimeError(f"{len(failures)} runs failed: {next(iter(failures.items()))}")
-    return records.settings_of(records.read(Path(folder) / name for name in asked).runs)
+    return [records.read(Path(folder) / config.folder_name for config in configs).runs for configs, _ in asked]
+
+
+def small_training(training: str, folder: str) -> str:
+    """These flags of shakespeare's training for --quick: on a text that is here, this file's, without a warmup."""
+    from analysis.runs import write
+
+    path = Path(folder) / "small.txt"
+    write(path, Path(__file__).read_text())
+    return training.replace("--dataset shakespeare", f"--dataset {path}").replace("--warmup 100", "--warmup 0")
 
 
 def by_rule(settings: Sequence[Setting], sites: Sequence[str] | None = None) -> dict[Rule, Setting]:

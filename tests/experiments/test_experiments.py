@@ -1,6 +1,7 @@
 """The scripts of experiments/: what they compute is what they say, and each runs to its end (--quick)."""
 
 import csv
+import math
 import subprocess
 import sys
 
@@ -14,12 +15,16 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import averaging
 import biased
 import claims
+import parts
+import ranking
 import stagnation
 import sums
 
+import sweep
 from low_precision.tensor import quantize
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in ("claims", "tables"))
+SHARED = ("claims", "ranking", "tables")  # no scripts that tell claims
+SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem not in SHARED)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -42,8 +47,65 @@ def test_each_script_tells_and_keeps_its_claims(name, tmp_path):
     for claim, measured, holds in rows:
         assert claim in ran.stdout
         assert measured in ran.stdout
-        assert holds in ("yes", "**no**")
+        assert holds in ("yes", "**no**", claims.UNDECIDED)
     assert (tmp_path / "x.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bound", "expected"),
+    [
+        (0.1, 0.2, None, True),
+        (-0.2, -0.1, None, False),
+        (-0.1, 0.2, None, None),
+        (0.0, 0.2, None, None),
+        (math.inf, math.inf, None, True),  # it diverged
+        (-0.1, 0.2, 0.3, True),
+        (-0.1, 0.2, 0.2, None),
+        (-0.4, 0.2, 0.3, None),
+        (0.31, 0.4, 0.3, False),
+        (-0.4, -0.31, 0.3, False),
+        (math.inf, math.inf, 0.3, False),
+        (math.nan, math.nan, None, None),  # what it is compared with diverged
+        (math.nan, math.nan, 0.3, None),
+    ],
+)
+def test_an_interval_decides_or_does_not(low, high, bound, expected):
+    assert parts.verdict(low, high, bound) is expected
+
+
+def test_claims_of_parts_are_of_settings_in_pairs():
+    named = {name for claim in parts.CLAIMS for name in (claim.base, claim.other)}
+    assert named | {"float32"} == set(parts.SETTINGS)
+    asked = parts.commands("--dataset shakespeare", 10, 2, list(parts.SETTINGS))
+    configs = [sweep.grid(flags.split())[0] for _, flags in asked]
+    assert [len(found) for found in configs] == [1] * len(asked)
+    assert len({found[0].folder_name for found in configs}) == len(asked)  # no two settings are one
+
+
+def test_noise_of_an_item_is_the_mean_over_its_layers_parts_and_operands():
+    def line(layer, site, sqnr):
+        return {"layer": layer, "site": site, "sqnr_db": sqnr, "bias": -0.5, "saturated": None, "flushed": 0.25}
+
+    lines = [
+        line("blocks.1.up", "forward.inputs", 20.0),
+        line("blocks.1:scores", "forward.weights", 10.0),
+        line("blocks.10.up", "forward.inputs", 0.0),
+        line("head", "wgrad.errors", None),
+    ]
+    assert ranking.of_item("blocks.1/*", lines) == pytest.approx([0.055, 0.5, 0.0, 0.25])
+    assert ranking.of_item("forward.inputs", lines) == pytest.approx([0.505, 0.5, 0.0, 0.25])
+    assert ranking.of_item("blocks.1/forward.inputs", lines) == pytest.approx([0.01, 0.5, 0.0, 0.25])
+    assert ranking.of_item("head/*", lines) == pytest.approx([0.0, 0.5, 0.0, 0.25])
+
+
+def test_a_rank_correlation_is_scipys_with_the_share_of_orders_that_are_as_high():
+    x, y = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 4.0, 3.0, 5.0]
+    rho, p = ranking.rank_correlation(x, y)
+    exact = stats.permutation_test(
+        (x,), lambda order: stats.spearmanr(order, y).statistic, permutation_type="pairings", alternative="greater"
+    )
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert p == pytest.approx(exact.pvalue)
 
 
 def test_the_exponent_of_a_power_law():
