@@ -95,12 +95,13 @@ def trained_runs(folder: str, *commands: str) -> list[list[Run]]:
 
 
 def small_training(training: str, folder: str) -> str:
-    """These flags of shakespeare's training for --quick: on a text that is here, this file's, without a warmup."""
+    """These flags of shakespeare's training for --quick: a small model, and a text that is here, this file's."""
     from analysis.runs import write
 
     path = Path(folder) / "small.txt"
     write(path, Path(__file__).read_text())
-    return training.replace("--dataset shakespeare", f"--dataset {path}").replace("--warmup 100", "--warmup 0")
+    small = f"--dataset {path} --model-options heads=2,width=32,context=16"
+    return training.replace("--dataset shakespeare", small).replace("--warmup 100", "--warmup 0")
 
 
 def by_rule(settings: Sequence[Setting], sites: Sequence[str] | None = None) -> dict[Rule, Setting]:
