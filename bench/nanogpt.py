@@ -18,6 +18,7 @@ import argparse
 import ast
 import importlib.util
 import math
+import os
 import pickle
 import platform
 import re
@@ -188,7 +189,8 @@ def trained(checkout: Path, module: ModuleType, steps: int, data_dir: str | None
         how = "--device=cpu --compile=False --dtype=float32 --log_interval=1000 --always_save_checkpoint=True"
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *f"{sizes} {length} {how}".split()]
         started = time.monotonic()
-        ran = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=one_thread)
         if ran.returncode:
             raise SystemExit(f"nanogpt.py: error: its train.py: {ran.stderr}")
         saved = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
