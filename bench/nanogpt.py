@@ -173,7 +173,7 @@ def shown(seconds: list[float]) -> str:
     return f"{middle:.1f} ({low:.1f} - {high:.1f})"
 
 
-def trained(checkout: Path, module: ModuleType, steps: int, data_dir: str | None) -> None:
+def trained(checkout: Path, steps: int, data_dir: str | None) -> None:
     """Its train.py in a copy of the checkout, and what its last weights come to on our test text."""
     split = data.load("shakespeare", data_dir=data_dir)
     assert isinstance(split, data.Text)
@@ -225,7 +225,7 @@ def main() -> None:
     if asked.pairs:
         times(module, asked.pairs, asked.data_dir)
     if asked.steps:
-        trained(asked.checkout, module, asked.steps, asked.data_dir)
+        trained(asked.checkout, asked.steps, asked.data_dir)
 
 
 if __name__ == "__main__":
